@@ -1,0 +1,38 @@
+# `make demo`, `make test` and `make bench` need Python 3.10 or newer and a C++ compiler; they make their own
+# environment in .venv. TORCH is what pip is told to install first, for example
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# where the CPU is enough, or TORCH=torch for the newest.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# the package is installed editable: Python files are read where they lie, these make a new build
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: demo test test-slow lint bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/ssiuu-fast demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/penalty.py
+
+$(INSTALLED): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[unlearn,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,66 @@
+"""A benchmark's row: what was measured, in quantiles, and on what."""
+
+import json
+import os
+import platform
+import statistics
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import ssiuu_fast
+
+
+def hardware() -> str:
+    """Processor and number of cores this process may use, as in '2 cores of AMD EPYC'."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {_processor()}"
+
+
+def _processor():
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    return {"ssiuu_fast": ssiuu_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _now():
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+@dataclass
+class Row:
+    """Times of one contestant on one case; seconds are the 10 %, 50 % and 90 % quantiles over the rounds."""
+
+    benchmark: str
+    case: str
+    contestant: str
+    seconds: tuple[float, float, float]
+    rounds: int
+    gigabytes_per_second: float
+    peak_allocation_bytes: int
+    threads: int = field(default_factory=torch.get_num_threads)
+    hardware: str = field(default_factory=hardware)
+    versions: dict[str, str] = field(default_factory=versions)
+    timestamp: str = field(default_factory=_now)
+
+    @property
+    def median(self) -> float:
+        return self.seconds[1]
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    tenths = statistics.quantiles(times, n=10, method="inclusive")
+    return tenths[0], tenths[4], tenths[8]
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")

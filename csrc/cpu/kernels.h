@@ -1,0 +1,70 @@
+// What an instruction-set unit offers, as plain structs and function pointers.
+#pragma once
+
+#include <cstdint>
+
+namespace ssiuu {
+
+enum class Dtype : std::int64_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+
+// One tensor of a penalty call. `out` is the gradient itself unless `add`.
+struct PenaltyTensor {
+    const void* gradient;
+    const void* parameter;
+    void* reference;
+    void* out;
+    std::int64_t size;
+    Dtype gradient_type, parameter_type, reference_type, out_type;
+    bool add;
+};
+
+struct PenaltyOptions {
+    double weight;
+    double gradient_scale;
+    bool one_sided;
+    bool update_references;
+    bool first;
+};
+
+struct PenaltySums {
+    double penalty;
+    double gradient_square;
+    std::int64_t negative;
+    std::int64_t nonfinite;
+};
+
+// hidden and gradient [batch, tokens, neurons], strides in elements, the last one 1; mask [batch, tokens] or null.
+struct AttributionTensors {
+    const void* hidden;
+    const void* gradient;
+    const std::uint8_t* mask;
+    void* max;
+    void* min;
+    void* sum;
+    std::int64_t tokens, neurons;
+    std::int64_t hidden_batch_stride, hidden_token_stride;
+    std::int64_t gradient_batch_stride, gradient_token_stride;
+    Dtype type;
+};
+
+// Columns of the attribution are worked on in tiles of this many neurons.
+constexpr std::int64_t kAttributionTile = 512;
+
+struct CpuKernels {
+    const char* name;
+    // elements [begin, end) of one tensor
+    void (*penalty)(const PenaltyTensor&, const PenaltyOptions&, std::int64_t begin, std::int64_t end, PenaltySums&);
+    // neurons [begin, end) of one sample, at most kAttributionTile
+    void (*attribution)(const AttributionTensors&, std::int64_t sample, std::int64_t begin, std::int64_t end);
+    // reads three buffers and rewrites two: the limit of the penalty's memory traffic, for benchmarks
+    void (*traffic)(const PenaltyTensor&, std::int64_t begin, std::int64_t end);
+};
+
+// The units usable on this processor, baseline first.
+const CpuKernels* const* usable_units(int& count);
+// The unit in use: the last usable one unless use_unit chose another.
+const CpuKernels& unit_in_use();
+// False if there is no usable unit of this name.
+bool use_unit(const char* name);
+
+} // namespace ssiuu

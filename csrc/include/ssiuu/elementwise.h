@@ -1,0 +1,44 @@
+// The formulas per element: one text for the CPU's instruction-set units and for CUDA.
+// It includes nothing, and its functions have internal linkage: a unit compiled for AVX2 must not lend its
+// code to the rest of the program.
+#pragma once
+
+#if defined(__CUDACC__)
+#define SSIUU_ELEMENTWISE static __host__ __device__ __forceinline__
+#elif defined(__GNUC__) || defined(__clang__)
+#define SSIUU_ELEMENTWISE static inline __attribute__((always_inline))
+#else
+#define SSIUU_ELEMENTWISE static inline
+#endif
+
+namespace ssiuu {
+
+template <class Value, class Flag> struct PenaltyTerms {
+    Value stored;     // the new reference: A, or the old one where that is left out
+    Value difference; // d, 0 where nothing is punished
+    Value gradient;   // g, 0 where nothing is punished (there it may be infinite)
+    Flag finite;      // false: left out: adds nothing, keeps its reference, is counted
+    Flag negative;    // A < 0
+};
+
+// Value is a number, or a vector of numbers in the compilers' notation (Flag is then a vector of 0 and −1).
+// `bound` chooses the variant: d counts where A − A^ref < bound.
+// +infinity: both directions, 0: one-sided, −infinity: nothing (the first step).
+// `limit` is the largest finite value that both the arithmetic and the reference can hold.
+template <class Value>
+SSIUU_ELEMENTWISE auto penalty_terms(Value gradient, Value parameter, Value reference, Value bound, Value limit) {
+    const Value zero = Value{};
+    const Value attribution = parameter * gradient;
+    const Value gap = attribution - reference;
+    using Flag = decltype(attribution < zero);
+    const Flag below = attribution < zero;
+    // one test for both: where A >= 0 the reference doesn't matter
+    const Value decisive = below ? gap : attribution;
+    const Flag finite = (decisive <= limit) & (decisive >= -limit);
+    const Flag negative = finite & below;
+    const Flag punished = negative & (gap < bound);
+    return PenaltyTerms<Value, Flag>{
+        finite ? attribution : reference, punished ? gap : zero, punished ? gradient : zero, finite, negative};
+}
+
+} // namespace ssiuu

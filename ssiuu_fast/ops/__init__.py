@@ -1,0 +1,16 @@
+"""Operators: one file each, with meaning, checks, a plain torch reference and the choice of a backend."""
+
+from ssiuu_fast.ops.backends import availability
+from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, neuron_attribution
+from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
+from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs
+
+__all__ = [
+    "NeuronAttribution",
+    "PenaltyResult",
+    "answer_token_counts",
+    "availability",
+    "neuron_attribution",
+    "penalty_",
+    "sequence_log_probs",
+]

@@ -1,0 +1,114 @@
+"""Attribution of neurons over the tokens of each sample: max, min and sum of hidden · gradient."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssiuu_fast.ops import backends
+from ssiuu_fast.ops.checks import DTYPE_CODES, check_dense
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class NeuronAttribution(NamedTuple):
+    """Largest, smallest and summed attribution over the tokens of each sample, [batch, neurons] each."""
+
+    max: Tensor
+    min: Tensor
+    sum: Tensor
+
+
+def neuron_attribution(
+    hidden: Tensor, gradient: Tensor, mask: Tensor | None = None, *, backend: str = "auto"
+) -> NeuronAttribution:
+    """Reduce the attribution A[b,k,i] = hidden[b,k,i] · gradient[b,k,i] over the tokens k of each sample b.
+
+    Equation 1 of arXiv 2509.22263, with gradient = ∂P(y|x)/∂hidden; influence variation (eq. 4, 5) needs the max
+    and the min of each neuron i, the correlation of attributions the sum.
+
+    Args:
+        hidden, gradient: [batch, tokens, neurons] of one dtype: float32, bfloat16, float16 (computed in float32) or
+            float64 (in float64). Batch and token may have any strides, neurons must lie next to each other.
+        mask: None, or bool or integer [batch, tokens]: tokens with 0 don't count, whatever they hold, NaN included.
+        backend: "auto", "cpp" or "reference".
+
+    Returns:
+        NeuronAttribution of [batch, neurons] in float32 (float64 for float64), without gradient history. A sample
+        without a counted token has max −inf, min +inf and sum 0. A NaN among the counted tokens of a neuron makes
+        its max, min and sum NaN. The sum is accumulated in float64, in the order of the tokens.
+
+    Raises:
+        TypeError, ValueError: what is wrong and what to do.
+        RuntimeError: the backend asked for can't run here, with the reason.
+    """
+    _check(hidden, gradient, mask)
+    double = hidden.dtype == torch.float64
+    name = backends.choose(backend, "neuron_attribution", hidden.device, double=double)
+    run = {"cpp": _cpp, "reference": _reference}[name]
+    with torch.no_grad():
+        return run(hidden, gradient, mask)
+
+
+def _check(hidden, gradient, mask):
+    for name, tensor in (("hidden", hidden), ("gradient", gradient)):
+        check_dense(tensor, name, _DTYPES)
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be [batch, tokens, neurons]")
+        if tensor.stride(2) != 1 and tensor.shape[2] > 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}, the last must be 1: pass it .contiguous()")
+        if (tensor.shape, tensor.dtype, tensor.device) != (hidden.shape, hidden.dtype, hidden.device):
+            raise ValueError(
+                f"gradient is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device} and hidden {hidden.dtype}"
+                f" {tuple(hidden.shape)} on {hidden.device}: they must agree"
+            )
+    if mask is None:
+        return
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask is {mask.dtype}: pass bool or integers, nonzero for a token that counts")
+    if mask.shape != hidden.shape[:2] or mask.device != hidden.device:
+        raise ValueError(
+            f"mask is {tuple(mask.shape)} on {mask.device}: it must be {tuple(hidden.shape[:2])} on {hidden.device}"
+        )
+
+
+def _empty_result(hidden):
+    batch, _, neurons = hidden.shape
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return NeuronAttribution(*(torch.empty(batch, neurons, dtype=dtype, device=hidden.device) for _ in range(3)))
+
+
+def _cpp(hidden, gradient, mask):
+    result = _empty_result(hidden)
+    if mask is not None:
+        mask = (mask != 0).contiguous()
+    backends._C.neuron_attribution(
+        hidden.data_ptr(),
+        gradient.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        *(tensor.data_ptr() for tensor in result),
+        *hidden.shape,
+        *hidden.stride()[:2],
+        *gradient.stride()[:2],
+        DTYPE_CODES[hidden.dtype],
+        torch.get_num_threads(),
+    )
+    return result
+
+
+def _reference(hidden, gradient, mask):
+    result = _empty_result(hidden)
+    if hidden.shape[1] == 0:
+        result.max.fill_(-torch.inf)
+        result.min.fill_(torch.inf)
+        result.sum.zero_()
+        return result
+    product = hidden.to(result.sum.dtype) * gradient.to(result.sum.dtype)
+    left_out = torch.zeros((), dtype=torch.bool, device=hidden.device) if mask is None else (mask == 0).unsqueeze(-1)
+    # MPS has no float64
+    total_dtype = torch.float32 if hidden.device.type == "mps" else torch.float64
+    return NeuronAttribution(
+        product.masked_fill(left_out, -torch.inf).amax(1),
+        product.masked_fill(left_out, torch.inf).amin(1),
+        product.masked_fill(left_out, 0).sum(1, dtype=total_dtype).to(product.dtype),
+    )

@@ -1,0 +1,43 @@
+"""Tiny models and batches that the tests share."""
+
+import torch
+
+
+def tiny_llama(dtype=torch.float64, seed=0, **config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 48,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 32,
+    }
+    # larger initial weights than usual: probabilities that differ enough for the penalty to be seen
+    model = LlamaForCausalLM(LlamaConfig(**(sizes | config), initializer_range=0.3)).to(dtype)
+    return model.train()
+
+
+def batch(samples=5, seed=0, length=9, vocabulary=48):
+    """Right-padded rows of different lengths; the last 2 to 3 real tokens are the answer."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocabulary, (samples, length), generator=generator)
+    lengths = torch.randint(5, length + 1, (samples,), generator=generator)
+    answers = torch.randint(2, 4, (samples,), generator=generator)
+    places = torch.arange(length)
+    mask = places < lengths[:, None]
+    labels = ids.masked_fill(~mask | (places < (lengths - answers)[:, None]), -100)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def part(batch, start, stop):
+    return {name: tensor[start:stop] for name, tensor in batch.items()}
+
+
+def log_probs_of(model, rows):
+    from ssiuu_fast import sequence_log_probs
+
+    return sequence_log_probs(model(rows["input_ids"], rows["attention_mask"]).logits, rows["labels"])
