@@ -1,0 +1,150 @@
+"""How the gradient of the target is had from a model, however it is wrapped; what can't be had is refused by name."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+FREED_GRAPH = "Trying to backward through the graph a second time"
+REENTRANT = "use_reentrant=True"
+DONATED_BUFFERS = "donated buffers"
+REENTRANT_REMEDY = (
+    "reentrant gradient checkpointing can't give the gradient of the target: use "
+    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module under torch.compile and DistributedDataParallel.
+
+    Raises ValueError for wrappers in which the gradient of the target, or its sum over ranks, can't be had.
+    """
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            refuse_several_processes(model.process_group)
+            model = model.module
+        else:
+            break
+    for name, module in model.named_modules():
+        _refuse_module(name or "the model", module)
+    refuse_sharded(model.named_parameters())
+    return model
+
+
+def refuse_several_processes(process_group) -> None:
+    world = torch.distributed.get_world_size(process_group)
+    if world > 1:
+        raise ValueError(
+            f"the process group has {world} ranks: the sum of the target's gradient over ranks is not built yet. "
+            "Run in one process"
+        )
+
+
+def refuse_sharded(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in named_parameters:
+        if hasattr(parameter, "ds_id"):
+            raise ValueError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, which is not supported: use DDP or one process"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{name} is a DTensor (FSDP2 or tensor parallel): sharded parameters are not built yet. Run in one process"
+            )
+
+
+def _refuse_module(name: str, module: nn.Module) -> None:
+    kind = type(module).__name__
+    origins = {type(module).__module__.split(".")[0], getattr(module.forward, "__module__", "").split(".")[0]}
+    if isinstance(module, nn.DataParallel):
+        raise ValueError(
+            f"{name} is a DataParallel, whose replicas hide the parameters from autograd: use one process a GPU"
+        )
+    if kind == "FullyShardedDataParallel":
+        raise ValueError(
+            f"{name} is sharded by FSDP1, whose flat parameters can't be regularised one by one: use FSDP2"
+        )
+    if kind == "DeepSpeedEngine":
+        raise ValueError(f"{name} is a DeepSpeedEngine, which owns the backward pass: it is not supported")
+    for origin in origins & {"liger_kernel", "unsloth", "unsloth_zoo"}:
+        raise ValueError(
+            f"{name} ({kind}) comes from {origin}, which overwrites saved tensors in its backward: the second backward "
+            "over one graph would be silently wrong. Load the model without it"
+        )
+
+
+def target_gradients(
+    target: Tensor, parameters: list[nn.Parameter], *, scale: float = 1.0, retain_graph: bool = True
+) -> list[Tensor | None]:
+    """scale · ∂target/∂φ for each parameter, None where it isn't in the graph. No `.grad` is touched.
+
+    Every gradient is contiguous and shares memory with no other, so that it may be overwritten.
+    """
+    try:
+        gradients = torch.autograd.grad(
+            target,
+            parameters,
+            grad_outputs=torch.full_like(target, scale),
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        remedy = _remedy(str(error))
+        if remedy is None:
+            raise
+        raise RuntimeError(remedy) from error
+    missing = [gradient is None for gradient in gradients]
+    if any(missing) and _has_node(target, "CheckpointFunctionBackward"):
+        raise RuntimeError(REENTRANT_REMEDY)
+    if all(missing):
+        raise RuntimeError(
+            f"0 of {len(parameters)} regularised parameters are in this graph: was the model wrapped, sharded or frozen "
+            "after the regulariser was built?"
+        )
+    return _separate(gradients)
+
+
+def _separate(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
+    # autograd may hand one tensor to two parameters (a + b), or an expanded one (sum)
+    seen: set[int] = set()
+    separate = []
+    for gradient in gradients:
+        if gradient is not None:
+            if gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            gradient = gradient.contiguous()
+            if gradient.untyped_storage().data_ptr() in seen:
+                gradient = gradient.clone()
+            seen.add(gradient.untyped_storage().data_ptr())
+        separate.append(gradient)
+    return separate
+
+
+def _remedy(message: str) -> str | None:
+    if FREED_GRAPH in message:
+        return (
+            "the graph of log_probs was already freed: call regularizer.backward(log_probs) before loss.backward() "
+            "of the same micro-batch, in every step"
+        )
+    if REENTRANT in message or "incompatible with .grad()" in message:
+        return REENTRANT_REMEDY
+    if DONATED_BUFFERS in message:
+        return (
+            "torch.compile donated the buffers of this graph to its first backward: set "
+            "torch._functorch.config.donated_buffer = False before the first compiled backward"
+        )
+    return None
+
+
+def _has_node(tensor: Tensor, name: str) -> bool:
+    seen, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == name:
+            return True
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return False

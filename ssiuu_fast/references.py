@@ -1,0 +1,80 @@
+"""The stored attributions that today's are compared with: one tensor a regularised parameter."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ssiuu_fast.selection import NamedParameters
+
+
+class References:
+    """A^ref of every regularised parameter, and the number of samples whose sum it stands for."""
+
+    def __init__(self, tensors: dict[str, Tensor], samples: int | None):
+        self.tensors = tensors
+        # None: the tensors hold the mean over the forget set, and the size of a step isn't known yet
+        self.samples = samples
+        self._warned = False
+
+    def follow(self, samples: int) -> None:
+        """Makes the references stand for a sum over `samples` samples, the size of this step.
+
+        A is a sum, so steps of different sizes can't be compared; a change of size later on is only warned of.
+        """
+        if self.samples is None:
+            for tensor in self.tensors.values():
+                tensor.mul_(samples)
+            self.samples = samples
+        elif samples != self.samples and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"a step of {samples} forget samples is compared with a reference over {self.samples}: attributions are "
+                "sums over the batch, so give every step the same number (drop_last, or a sampler that wraps around)",
+                stacklevel=4,
+            )
+
+
+def empty_references(parameters: NamedParameters, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Uninitialised references; dtype None takes the parameter's own (fp32 for fp16, whose range A leaves)."""
+    return {
+        name: torch.empty_like(parameter, dtype=_reference_dtype(parameter, dtype), requires_grad=False)
+        for name, parameter in parameters.items()
+    }
+
+
+def _reference_dtype(parameter: nn.Parameter, dtype: torch.dtype | None) -> torch.dtype:
+    if parameter.dtype == torch.float64:
+        return torch.float64
+    if dtype is not None:
+        return dtype
+    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+
+
+class MeanAttribution:
+    """(1/n) Σ φ · g over batches of a data set, for reference="initial"."""
+
+    def __init__(self, parameters: NamedParameters, dtype: torch.dtype | None):
+        self._parameters = parameters
+        self._sums = {name: tensor.zero_() for name, tensor in empty_references(parameters, dtype).items()}
+        self._samples = 0
+
+    @torch.no_grad()
+    def add(self, gradients: list[Tensor | None], samples: int) -> None:
+        self._samples += samples
+        for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
+            if gradient is not None:
+                wide = torch.promote_types(parameter.dtype, torch.float32)
+                self._sums[name].add_(parameter.to(wide) * gradient.to(wide))
+
+    def references(self) -> References:
+        """Raises ValueError where no batch was added, FloatingPointError where an attribution isn't finite."""
+        if not self._samples:
+            raise ValueError("set_reference was given no batch: the forget set is empty")
+        for name, tensor in self._sums.items():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(
+                    f"the reference attribution of {name} is not finite: are the starting weights sound?"
+                )
+            tensor.div_(self._samples)
+        return References(self._sums, samples=None)

@@ -1,0 +1,357 @@
+"""The Ssiuu penalty in anybody's training loop."""
+
+import statistics
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ssiuu_fast import engines
+from ssiuu_fast.ops.penalty import penalty_
+from ssiuu_fast.references import MeanAttribution, References, empty_references
+from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.step import MicroBatches, StepStatistics, gradient_norm
+from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
+
+REFERENCES = ("previous", "initial")
+CALIBRATION_STEPS = 4
+STATE_VERSION = 1
+
+
+class SSIUURegularizer:
+    """Penalises the growth of suppressing attributions while a model unlearns (Ssiuu, Algorithm 1).
+
+    With g_i = ∂/∂φ_i Σ_s T_s over the forget samples s of a step and A_i = φ_i · g_i,
+
+        R = Σ_{i: A_i < 0} (A_i − A_i^ref)²        ∂R/∂φ_i ≈ 2 · 1[A_i < 0] · (A_i − A_i^ref) · g_i
+
+    and λ ∂R/∂φ is added to the `.grad` of the regularised parameters, and of no other:
+
+        regularizer = SSIUURegularizer(model, relative_weight=30)
+        for forget, retain in loader:
+            log_probs = sequence_log_probs(model(**forget).logits, forget["labels"])
+            regularizer.backward(log_probs)                            # before the loss's own backward
+            (log_probs.sum() / answer_tokens).backward()               # −NLL of the forget set
+            retain_loss(model, retain).backward()
+            regularizer.after_backward()                               # only with relative_weight
+            optimizer.step(); optimizer.zero_grad()
+
+    model_or_named_parameters: a model, or pairs of name and parameter. Build it after wrapping and freezing.
+    weight: λ. The paper's 1e-4 … 1e-3 has no scale of its own: on another model prefer relative_weight.
+    relative_weight: r; λ = r · median of ‖∇L‖ / ‖∂R/∂φ‖ over the first 4 regularised steps with R > 0, in which
+        nothing is added. Call `after_backward` in every step.
+    target: T_s from the log-probability ℓ_s of answer s with n_s tokens: "probability" exp(ℓ_s) (the paper),
+        "log_probability" ℓ_s, "mean_token_probability" exp(ℓ_s / n_s).
+    granularity: "parameter". ("neuron" is not built yet.)
+    reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
+        (`set_reference`; without it, the first step's).
+    one_sided: penalise only A below its reference.
+    every: regularise each k-th step, with k·λ; the others do no pass.
+    parameters: glob patterns over parameter names; None takes the weights of the linear modules inside the blocks.
+    state_dtype: dtype of the references, torch.float32 or torch.bfloat16; None takes the parameter's (fp32 for fp16).
+    nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
+        FloatingPointError with the names of the parameters (on a GPU at the next `backward` or `last_step`),
+        "count" only counts them.
+    process_group: more than one rank is not built yet.
+    backend: see `ssiuu_fast.ops.penalty_`.
+
+    Raises ValueError for options that make no sense, for models wrapped in a way it can't work in (engines.py) and
+    where no parameter is selected.
+    """
+
+    def __init__(
+        self,
+        model_or_named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        weight: float = 1e-3,
+        *,
+        relative_weight: float | None = None,
+        target: str = "probability",
+        granularity: str = "parameter",
+        reference: str = "previous",
+        one_sided: bool = False,
+        every: int = 1,
+        parameters: Iterable[str] | None = None,
+        state_dtype: torch.dtype | None = None,
+        nonfinite: str = "raise",
+        process_group=None,
+        backend: str = "auto",
+    ):
+        _refuse_unless_one_of("target", target, TARGETS)
+        _refuse_unless_one_of("granularity", granularity, ("parameter", "neuron"))
+        _refuse_unless_one_of("reference", reference, REFERENCES)
+        _refuse_unless_one_of("nonfinite", nonfinite, ("raise", "count"))
+        _refuse_unless_one_of("state_dtype", state_dtype, (None, torch.float32, torch.bfloat16))
+        if granularity == "neuron":
+            raise ValueError("granularity='neuron' is not built yet: use granularity='parameter'")
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
+        for name, value in (("weight", weight), ("relative_weight", relative_weight)):
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        if process_group is not None:
+            engines.refuse_several_processes(process_group)
+        if isinstance(model_or_named_parameters, nn.Module):
+            model_or_named_parameters = engines.unwrap(model_or_named_parameters)
+        self._parameters = select_parameters(model_or_named_parameters, parameters)
+        engines.refuse_sharded(self._parameters.items())
+        _refuse_unusual(self._parameters)
+
+        self.target = target
+        self.reference = reference
+        self.one_sided = one_sided
+        self.every = every
+        self.relative_weight = relative_weight
+        # λ; None until it is calibrated
+        self.weight: float | None = weight if relative_weight is None else None
+        self._state_dtype = state_dtype
+        self._raise_nonfinite = nonfinite == "raise"
+        self._backend = backend
+        self._elements = sum(parameter.numel() for parameter in self._parameters.values())
+
+        self._references: References | None = None
+        self._step = 0
+        self._ratios: list[float] = []
+        self._awaiting_after_backward = False
+        self._micro_batches: MicroBatches | None = None
+        self._last_step: StepStatistics | None = None
+        # names and non-finite counts of the last step, on a GPU not yet looked at
+        self._unread_counts: tuple[Iterable[str], Tensor | None] = ((), None)
+
+    def backward(
+        self,
+        log_probs: Tensor,
+        *,
+        last: bool = True,
+        scale: float = 1.0,
+        token_counts: Tensor | None = None,
+        sample_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Adds scale · λ · ∂R/∂φ to `.grad`; call it on the live graph, before this micro-batch's loss.backward().
+
+        log_probs: [B] log-probabilities of the answers (`sequence_log_probs`); their graph is kept.
+        last: False for the earlier micro-batches of a step: their gradient is only summed (one buffer of model
+            size) and `.grad` is untouched.
+        scale: the factor on the caller's loss (GradScaler.get_scale()), the same in all micro-batches of a step. A, R
+            and the references don't depend on it.
+        token_counts: [B] answer tokens, for target="mean_token_probability".
+        sample_ids: of no use at parameter granularity.
+
+        Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
+        ValueError for an empty batch or log-probs that aren't numbers, RuntimeError where the graph can't give
+        the gradient, FloatingPointError as `nonfinite` says (the finite part was then added: don't take the step).
+        """
+        self._check_nonfinite()
+        check_log_probs(log_probs, self.target, token_counts)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
+        if self._step % self.every:
+            self._step += last
+            return log_probs.new_zeros(())
+        if self._awaiting_after_backward:
+            raise RuntimeError(
+                "after_backward() was not called in the last step: with relative_weight, call it in every step after "
+                "the last loss.backward(), before clipping"
+            )
+        batch = self._micro_batches or MicroBatches(scale)
+        if scale != batch.scale:
+            raise ValueError(f"scale changed within a step, from {batch.scale} to {scale}")
+        target, underflows = target_sum(log_probs, self.target, token_counts)
+        gradients = engines.target_gradients(target, self.regularized_parameters, scale=scale)
+        batch.add(gradients, underflows, len(log_probs))
+        if not last:
+            self._micro_batches = batch
+            return log_probs.new_zeros(())
+        self._micro_batches = None
+        return self._add_penalty(batch)
+
+    def set_reference(self, log_prob_batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
+        """Takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the whole forget set at the starting weights (reference="initial").
+
+        log_prob_batches: one pass over the forget set; each item a [B] tensor of live log-probs, or with
+        target="mean_token_probability" a pair (log_probs, token_counts). Each graph is freed after use. n is the
+        number of samples seen, b the number of samples of the first regularised step.
+        """
+        if self.reference != "initial":
+            raise ValueError(
+                "set_reference is for reference='initial'; this regulariser compares with the previous step"
+            )
+        if self._step:
+            raise RuntimeError(f"set_reference comes before the first step; {self._step} steps were taken")
+        mean = MeanAttribution(self._parameters, self._state_dtype)
+        for item in log_prob_batches:
+            log_probs, token_counts = item if isinstance(item, tuple) else (item, None)
+            check_log_probs(log_probs, self.target, token_counts)
+            target, _ = target_sum(log_probs, self.target, token_counts)
+            mean.add(engines.target_gradients(target, self.regularized_parameters, retain_graph=False), len(log_probs))
+        self._references = mean.references()
+
+    def after_backward(self, scale: float = 1.0) -> None:
+        """Measures ‖∇L‖ over the regularised parameters until λ is fixed; then does nothing. relative_weight only.
+
+        Once a step, after the last loss.backward() and before clipping. scale: as given to `backward`.
+        """
+        if self.relative_weight is None:
+            raise RuntimeError("after_backward is only for relative_weight: a literal weight needs no measuring")
+        if not self._awaiting_after_backward:
+            return
+        self._awaiting_after_backward = False
+        penalty_norm = self._last_step.penalty_gradient_norm
+        loss_norm = gradient_norm(self.regularized_parameters) / scale
+        if penalty_norm > 0 and 0 < loss_norm < float("inf"):
+            self._ratios.append(loss_norm / penalty_norm)
+        if len(self._ratios) == CALIBRATION_STEPS:
+            self.weight = self.relative_weight * statistics.median(self._ratios)
+
+    @property
+    def last_step(self) -> StepStatistics | None:
+        """Statistics of the last regularised step; None before the first."""
+        self._check_nonfinite()
+        return self._last_step
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Names of the regularised parameters."""
+        return list(self._parameters)
+
+    @property
+    def regularized_parameters(self) -> list[nn.Parameter]:
+        """The regularised parameters, in the order of their names."""
+        return list(self._parameters.values())
+
+    def state_dict(self) -> dict:
+        """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter)."""
+        if self._micro_batches is not None:
+            raise RuntimeError("state_dict was asked for between the micro-batches of a step: save after the step")
+        return {
+            "version": STATE_VERSION,
+            "settings": self._settings(),
+            "step": self._step,
+            "weight": self.weight,
+            "ratios": list(self._ratios),
+            "references": None if self._references is None else dict(self._references.tensors),
+            "reference_samples": None if self._references is None else self._references.samples,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes up a saved state. Raises ValueError, and changes nothing, where it is of other settings or parameters."""
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"state version {state.get('version')!r} can't be read: this package writes {STATE_VERSION}"
+            )
+        for name, ours in self._settings().items():
+            saved = state["settings"].get(name)
+            if saved != ours:
+                raise ValueError(f"the saved state has {name}={saved!r}, this regulariser {name}={ours!r}")
+        references = None
+        if state["references"] is not None:
+            _refuse_other_parameters(self._parameters, state["references"])
+            references = References(empty_references(self._parameters, self._state_dtype), state["reference_samples"])
+            for name, tensor in references.tensors.items():
+                tensor.copy_(state["references"][name])
+        self._references = references
+        self._step = state["step"]
+        self.weight = state["weight"]
+        self._ratios = list(state["ratios"])
+        self._micro_batches = None
+        self._awaiting_after_backward = False
+
+    def _settings(self) -> dict:
+        return {
+            "target": self.target,
+            "granularity": "parameter",
+            "reference": self.reference,
+            "one_sided": self.one_sided,
+            "every": self.every,
+            "relative_weight": self.relative_weight,
+        }
+
+    def _add_penalty(self, batch: MicroBatches) -> Tensor:
+        """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters."""
+        first = self._references is None
+        if first:
+            if self.reference == "initial":
+                warnings.warn(
+                    "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
+                    stacklevel=3,
+                )
+            self._references = References(empty_references(self._parameters, self._state_dtype), batch.samples)
+        self._references.follow(batch.samples)
+
+        gradients = dict(zip(self._parameters, batch.gradients, strict=True))
+        references = self._references.tensors
+        update = self.reference == "previous" or first
+        for name, gradient in gradients.items():
+            if gradient is None and update:
+                # a parameter outside this step's graph has A = 0
+                references[name].zero_()
+        names = [name for name, gradient in gradients.items() if gradient is not None]
+        calibrating = self.weight is None
+        weight = 0.0 if calibrating else self.weight * self.every
+        counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
+        result = penalty_(
+            [gradients[name] for name in names],
+            [self._parameters[name] for name in names],
+            [references[name] for name in names],
+            weight=weight * batch.scale,
+            # while λ is being calibrated the penalty is formed, written over g and dropped
+            out=None if calibrating else [self._parameters[name].grad for name in names],
+            one_sided=self.one_sided,
+            update_references=update,
+            first=first,
+            gradient_scale=1.0 / batch.scale,
+            nonfinite_counts=counts,
+            backend=self._backend,
+        )
+        if not calibrating:
+            for name in names:
+                if self._parameters[name].grad is None:
+                    self._parameters[name].grad = gradients[name]
+        self._last_step = StepStatistics(result, batch.underflows, self._elements, weight)
+        self._step += 1
+        self._awaiting_after_backward = calibrating
+        self._unread_counts = (names, counts)
+        if counts.device.type == "cpu":
+            self._check_nonfinite()
+        return result.penalty
+
+    def _check_nonfinite(self) -> None:
+        (names, counts), self._unread_counts = self._unread_counts, ((), None)
+        if not names or not self._raise_nonfinite:
+            return
+        named = [(name, count) for name, count in zip(names, counts.tolist(), strict=True) if count]
+        if named:
+            listed = ", ".join(f"{name} ({count})" for name, count in named[:8])
+            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+            raise FloatingPointError(
+                f"non-finite attributions in {listed}{more}: those elements added nothing. Don't take this step; lower "
+                "the learning rate or the scale, or pass nonfinite='count' to go on without them"
+            )
+
+
+def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
+
+
+def _refuse_unusual(parameters: NamedParameters) -> None:
+    for name, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"{name} is {parameter.dtype}: regularised parameters must be fp32, bf16, fp16 or fp64")
+        if not parameter.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: store it contiguously, or leave it out with parameters=[...]")
+
+
+def _refuse_other_parameters(parameters: NamedParameters, saved: dict[str, Tensor]) -> None:
+    missing, unknown = parameters.keys() - saved.keys(), saved.keys() - parameters.keys()
+    if missing or unknown:
+        example = min(missing or unknown)
+        raise ValueError(
+            f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its own "
+            f"are unknown here, {example!r} for one"
+        )
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise ValueError(
+                f"the saved state has {name} as {list(saved[name].shape)}, this model {list(parameter.shape)}"
+            )

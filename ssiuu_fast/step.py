@@ -1,0 +1,81 @@
+"""One regularised step: what goes in over its micro-batches, and the figures that come out."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ssiuu_fast.ops.penalty import PenaltyResult
+
+
+@dataclass
+class StepStatistics:
+    """What the last regularised step did. Tensors stay on their device until a figure is asked for."""
+
+    result: PenaltyResult
+    underflow_counts: list[Tensor]  # one a micro-batch
+    elements: int
+    weight: float  # λ, with `every` multiplied in; 0 while λ is being calibrated
+
+    @cached_property
+    def penalty(self) -> float:
+        """R = Σ (A − A_ref)² over the regularised elements with A < 0."""
+        return self.result.penalty.item()
+
+    @cached_property
+    def negative_share(self) -> float:
+        """Share of the regularised elements whose attribution is negative."""
+        return self.result.negative.item() / self.elements
+
+    @cached_property
+    def underflows(self) -> int:
+        """Samples whose target is 0 in fp32: they add nothing to the penalty."""
+        return sum(int(count.item()) for count in self.underflow_counts)
+
+    @cached_property
+    def nonfinite(self) -> int:
+        """Elements whose attribution was not finite; they were left out."""
+        return self.result.nonfinite.item()
+
+    @cached_property
+    def penalty_gradient_norm(self) -> float:
+        """‖∂R/∂φ‖, before λ."""
+        return self.result.gradient_square.item() ** 0.5
+
+    @property
+    def added_norm(self) -> float:
+        """‖λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1."""
+        return self.weight * self.penalty_gradient_norm
+
+
+class MicroBatches:
+    """Σ g over the micro-batches of one step."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+        self.gradients: list[Tensor | None] = []
+        self.underflows: list[Tensor] = []
+        self.samples = 0
+
+    def add(self, gradients: list[Tensor | None], underflows: Tensor, samples: int) -> None:
+        self.samples += samples
+        self.underflows.append(underflows)
+        if not self.gradients:
+            self.gradients = gradients
+            return
+        for index, gradient in enumerate(gradients):
+            if self.gradients[index] is None:
+                self.gradients[index] = gradient
+            elif gradient is not None:
+                self.gradients[index].add_(gradient)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """Euclidean norm of the `.grad` of all parameters, each summed in fp32; 0 where there is none."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return 0.0
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack([norm.double().to(norms[0].device) for norm in norms])).item()

@@ -1,0 +1,345 @@
+"""SSIUURegularizer in the loops that people write: what it touches, what it keeps, what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ssiuu_fast import SSIUURegularizer, answer_token_counts
+from tiny import batch, log_probs_of, part, tiny_llama
+
+WEIGHT = 1e6
+
+
+def step(model, regularizer, rows, micro_batches=1, scale=1.0):
+    """One step's backward passes; gradients are added to what `.grad` holds. Returns R."""
+    size = -(-len(rows["labels"]) // micro_batches)
+    tokens = answer_token_counts(rows["labels"]).sum()
+    for index in range(micro_batches):
+        some = part(rows, index * size, (index + 1) * size)
+        log_probs = log_probs_of(model, some)
+        counts = answer_token_counts(some["labels"])
+        penalty = regularizer.backward(log_probs, last=index == micro_batches - 1, scale=scale, token_counts=counts)
+        (scale * log_probs.sum() / tokens).backward()
+    return penalty.item()
+
+
+def gradients(model):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def two_steps(model, regularizer, **how):
+    """The gradient of the second step, after a small move, and its R."""
+    step(model, regularizer, batch(seed=0), **how)
+    model.zero_grad()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    penalty = step(model, regularizer, batch(seed=1), **how)
+    return gradients(model), penalty
+
+
+def assert_close(a, b, bound=1e-9):
+    assert a.keys() == b.keys()
+    for name in b:
+        assert (a[name] - b[name]).abs().max() <= bound * b[name].abs().max(), name
+
+
+def loss_alone(model):
+    """The same second step without a penalty."""
+    return two_steps(model, SSIUURegularizer(model, weight=0.0))
+
+
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+@pytest.mark.parametrize("target", ["probability", "mean_token_probability"])
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_micro_batches_are_one_batch(count, target, reference):
+    options = {"weight": WEIGHT, "target": target, "reference": reference}
+    one, other = tiny_llama(), tiny_llama()
+    whole, penalty = two_steps(one, SSIUURegularizer(one, **options))
+    parts, parts_penalty = two_steps(other, SSIUURegularizer(other, **options), micro_batches=count)
+    assert penalty > 0
+    assert parts_penalty == pytest.approx(penalty, rel=1e-9)
+    assert_close(parts, whole)
+
+
+def test_grad_is_untouched_by_earlier_micro_batches():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT)
+    rows = batch()
+    assert regularizer.backward(log_probs_of(model, part(rows, 0, 2)), last=False).item() == 0
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(RuntimeError, match="between the micro-batches"):
+        regularizer.state_dict()
+
+
+def test_only_regularised_parameters_are_touched():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT)
+    for seed in range(2):
+        regularizer.backward(log_probs_of(model, batch(seed=seed)))
+    touched = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert touched == set(regularizer.parameter_names)
+    assert touched == {name for name, _ in model.named_parameters() if "_proj" in name}
+
+
+def test_grad_that_holds_something_is_added_to():
+    model, other = tiny_llama(), tiny_llama()
+    expected, _ = two_steps(model, SSIUURegularizer(model, weight=WEIGHT))
+    regularizer = SSIUURegularizer(other, weight=WEIGHT)
+    step(other, regularizer, batch(seed=0))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.01)
+            p.grad = torch.full_like(p, 0.25)
+    held = [p.grad for p in other.parameters()]
+    step(other, regularizer, batch(seed=1))
+    assert all(p.grad is tensor for p, tensor in zip(other.parameters(), held, strict=True))
+    assert_close({name: g - 0.25 for name, g in gradients(other).items()}, expected, bound=1e-8)
+
+
+class Shared(nn.Module):
+    """One linear module used twice, one frozen, one that only some batches use."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=False, dtype=torch.float64) for _ in range(3))
+        self.layers[1].weight.requires_grad_(False)
+
+    def forward(self, x, extra):
+        x = self.layers[1](torch.tanh(self.layers[0](torch.tanh(self.layers[0](x)))))
+        if extra:
+            x = self.layers[2](x)
+        return torch.log_softmax(x, dim=-1)[:, 0]
+
+
+def test_shared_frozen_and_unused_parameters():
+    model = Shared()
+    twice, frozen, sometimes = (layer.weight for layer in model.layers)
+    regularizer = SSIUURegularizer(model, weight=3.0)
+    assert regularizer.parameter_names == ["layers.0.weight", "layers.2.weight"]
+    x = torch.randn(4, 6, dtype=torch.float64)
+    previous = {}
+    for extra in (True, False, True):
+        model.zero_grad()
+        chosen = [twice, sometimes] if extra else [twice]
+        g = torch.autograd.grad(model(x, extra).exp().sum(), chosen)
+        regularizer.backward(model(x, extra))
+        assert frozen.grad is None
+        attributions = dict(zip(chosen, (p.detach() * gradient for p, gradient in zip(chosen, g, strict=True)), strict=True))
+        for p, gradient in zip(chosen, g, strict=True):
+            a = attributions[p]
+            # before the first step there is no reference; a parameter outside the last step's graph had A = 0
+            reference = previous.get(p, torch.zeros_like(a)) if previous else a
+            torch.testing.assert_close(p.grad, 3.0 * 2 * torch.where(a < 0, a - reference, 0.0) * gradient)
+        if not extra:
+            assert sometimes.grad is None
+        previous = attributions
+        with torch.no_grad():
+            twice.mul_(1.1)
+
+
+def test_gradients_that_share_memory_are_parted():
+    a, b = (nn.Parameter(torch.full((3,), value, dtype=torch.float64)) for value in (-1.0, 0.5))
+    regularizer = SSIUURegularizer([("a", a), ("b", b)], weight=1.0)
+    regularizer.backward((a + b).sum().sub(1.0).reshape(1))
+    with torch.no_grad():
+        a.sub_(1.0)
+    # P = exp(-5.5), g = P for all, A_a = -2 P, A_a before = -exp(-2.5); b is positive
+    regularizer.backward((a + b).sum().sub(1.0).reshape(1))
+    p = math.exp(-5.5)
+    torch.testing.assert_close(a.grad, torch.full_like(a, 2 * (-2 * p + math.exp(-2.5)) * p))
+    assert b.grad.tolist() == [0, 0, 0]
+
+
+def test_non_reentrant_checkpointing_changes_nothing():
+    model, checkpointed = tiny_llama(), tiny_llama()
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    expected, _ = two_steps(model, SSIUURegularizer(model, weight=WEIGHT))
+    ours, _ = two_steps(checkpointed, SSIUURegularizer(checkpointed, weight=WEIGHT))
+    assert_close(ours, expected)
+
+
+def test_reentrant_checkpointing_is_refused_with_the_remedy():
+    model = tiny_llama()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="'use_reentrant': False"):
+        step(model, SSIUURegularizer(model), batch())
+
+
+def test_scale_multiplies_the_gradient_alone():
+    model, scaled = tiny_llama(), tiny_llama()
+    expected, penalty = two_steps(model, SSIUURegularizer(model, weight=WEIGHT))
+    regularizer = SSIUURegularizer(scaled, weight=WEIGHT)
+    ours, scaled_penalty = two_steps(scaled, regularizer, scale=1024.0)
+    assert scaled_penalty == pytest.approx(penalty, rel=1e-12)
+    assert_close({name: g / 1024 for name, g in ours.items()}, expected)
+    assert regularizer.last_step.added_norm < 1024 * penalty * WEIGHT
+
+
+def test_half_precision_weights():
+    model = tiny_llama(torch.bfloat16)
+    regularizer = SSIUURegularizer(model, weight=1e3, target="log_probability")
+    two_steps(model, regularizer)
+    exact = tiny_llama(torch.float64)
+    exact.load_state_dict(tiny_llama(torch.bfloat16).state_dict())
+    truth, penalty = two_steps(exact, SSIUURegularizer(exact, weight=1e3, target="log_probability"))
+    assert regularizer.last_step.penalty == pytest.approx(penalty, rel=0.2)
+    assert all(t.dtype == torch.bfloat16 for t in regularizer.state_dict()["references"].values())
+
+
+def test_a_float16_parameter_has_a_float32_reference():
+    weight = nn.Parameter(torch.ones(4, dtype=torch.float16))
+    regularizer = SSIUURegularizer([("w", weight)])
+    regularizer.backward((weight * 0.1).float().sum().reshape(1))
+    assert regularizer.state_dict()["references"]["w"].dtype == torch.float32
+
+
+def test_every_skips_steps_and_multiplies_the_weight():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT, every=3)
+    weights = []
+    for seed in range(7):
+        model.zero_grad()
+        rows = batch(seed=seed)
+        before = regularizer.last_step
+        regularizer.backward(log_probs_of(model, rows))
+        if seed % 3:
+            assert all(p.grad is None for p in model.parameters())
+            assert regularizer.last_step is before
+        else:
+            weights.append(regularizer.last_step.weight)
+    assert weights == [3 * WEIGHT] * 3
+
+
+def test_underflow_is_counted():
+    weight = nn.Parameter(torch.tensor([1.0, 1.0]))
+    regularizer = SSIUURegularizer([("w", weight)])
+    regularizer.backward(weight * torch.tensor([-200.0, -1.0]))
+    assert regularizer.last_step.underflows == 1
+    regularizer = SSIUURegularizer([("w", weight)], target="mean_token_probability")
+    regularizer.backward(weight * torch.tensor([-200.0, -1.0]), token_counts=torch.tensor([40, 1]))
+    assert regularizer.last_step.underflows == 0
+
+
+def test_initial_reference_is_the_mean_over_the_forget_set():
+    model = tiny_llama()
+    batches = [part(batch(samples=6), 0, 4), part(batch(samples=6), 4, 6)]
+    regularizer = SSIUURegularizer(model, weight=WEIGHT, reference="initial")
+    regularizer.set_reference(log_probs_of(model, rows) for rows in batches)
+    weights = {name: p for name, p in model.named_parameters() if name in regularizer.parameter_names}
+    g = torch.autograd.grad(sum(log_probs_of(model, rows).exp().sum() for rows in batches), list(weights.values()))
+    step(model, regularizer, batch(samples=3, seed=5))
+    references = regularizer.state_dict()["references"]
+    for (name, p), gradient in zip(weights.items(), g, strict=True):
+        torch.testing.assert_close(references[name], p.detach() * gradient * 3 / 6)
+    assert regularizer.last_step.penalty > 0
+
+
+def test_initial_reference_stays():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, reference="initial")
+    with pytest.warns(UserWarning, match="without set_reference"):
+        step(model, regularizer, batch(seed=0))
+    kept = {name: t.clone() for name, t in regularizer.state_dict()["references"].items()}
+    step(model, regularizer, batch(seed=1))
+    for name, tensor in regularizer.state_dict()["references"].items():
+        assert torch.equal(tensor, kept[name])
+
+
+def test_a_step_of_another_size_is_warned_of_once():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model)
+    step(model, regularizer, batch(samples=5))
+    with pytest.warns(UserWarning, match="3 forget samples is compared with a reference over 5"):
+        step(model, regularizer, batch(samples=3))
+
+
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_state_round_trip(reference, tmp_path):
+    model = tiny_llama()
+    options = {"relative_weight": 3.0, "reference": reference}
+    whole = SSIUURegularizer(model, **options)
+    for seed in range(3):
+        step(model, whole, batch(seed=seed))
+        whole.after_backward()
+    torch.save(whole.state_dict(), tmp_path / "state.pt")
+    other_model = copy.deepcopy(model)
+    other_model.zero_grad()
+    model.zero_grad()
+    resumed = SSIUURegularizer(other_model, **options)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for seed in range(3, 9):
+        assert step(model, whole, batch(seed=seed)) == step(other_model, resumed, batch(seed=seed))
+        whole.after_backward()
+        resumed.after_backward()
+    assert whole.weight is not None
+    assert whole.weight == resumed.weight
+    assert_close(gradients(other_model), gradients(model), bound=0)
+
+
+def test_a_state_of_other_settings_or_parameters_is_refused_and_changes_nothing():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT)
+    step(model, regularizer, batch())
+    state = regularizer.state_dict()
+    other = SSIUURegularizer(model, weight=WEIGHT, target="log_probability")
+    with pytest.raises(ValueError, match="target='probability', this regulariser target='log_probability'"):
+        other.load_state_dict(state)
+    fewer = SSIUURegularizer(model, weight=WEIGHT, parameters=["*down_proj*"])
+    with pytest.raises(ValueError, match="unknown here, 'model.layers.0.mlp.gate_proj.weight'"):
+        fewer.load_state_dict(state)
+    assert fewer.state_dict()["references"] is None
+
+
+def test_relative_weight_is_r_times_the_median_ratio_and_adds_nothing_before():
+    model, plain = tiny_llama(), tiny_llama()
+    regularizer = SSIUURegularizer(model, relative_weight=30.0)
+    ratios = []
+    for seed in range(7):
+        rows = batch(seed=seed)
+        model.zero_grad()
+        step(model, regularizer, rows)
+        if seed < 5:
+            plain.zero_grad()
+            (log_probs_of(plain, rows).sum() / answer_token_counts(rows["labels"]).sum()).backward()
+            # bit for bit: .grad is the loss's alone
+            assert_close(gradients(model), gradients(plain), bound=0)
+            norm = sum((p.grad**2).sum() for p in regularizer.regularized_parameters).sqrt().item()
+            regularizer.after_backward()
+            if seed:
+                ratios.append(norm / regularizer.last_step.penalty_gradient_norm)
+                assert regularizer.last_step.added_norm == 0
+        else:
+            assert regularizer.last_step.added_norm > 0
+            regularizer.after_backward()
+    # the first step has R = 0 and doesn't count
+    assert len(ratios) == 4
+    assert regularizer.weight == pytest.approx(30.0 * (sorted(ratios)[1] + sorted(ratios)[2]) / 2)
+
+
+def test_relative_weight_needs_after_backward_and_a_literal_weight_refuses_it():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, relative_weight=30.0)
+    step(model, regularizer, batch())
+    with pytest.raises(RuntimeError, match=r"after_backward\(\) was not called"):
+        step(model, regularizer, batch())
+    with pytest.raises(RuntimeError, match="only for relative_weight"):
+        SSIUURegularizer(model).after_backward()
+
+
+def test_ddp_in_one_process_is_the_plain_model(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, wrapped = tiny_llama(), nn.parallel.DistributedDataParallel(tiny_llama())
+        expected, _ = two_steps(model, SSIUURegularizer(model, weight=WEIGHT))
+        ours, _ = two_steps(wrapped, SSIUURegularizer(wrapped, weight=WEIGHT))
+        assert_close({name.removeprefix("module."): g for name, g in ours.items()}, expected)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,219 @@
+"""What SSIUURegularizer refuses, with a reason and before anything is changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from ssiuu_fast import SSIUURegularizer
+from tiny import batch, log_probs_of, tiny_llama
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "logit"}, "target must be one of .* got 'logit'"),
+        ({"granularity": "neuron"}, "not built yet"),
+        ({"reference": "first"}, "reference must be one of"),
+        ({"nonfinite": "ignore"}, "nonfinite must be one of"),
+        ({"state_dtype": torch.float16}, "state_dtype must be one of"),
+        ({"every": 0}, "every must be a whole number of at least 1, got 0"),
+        ({"weight": -1.0}, "weight must be a finite number of at least 0"),
+        ({"weight": float("nan")}, "weight must be a finite number of at least 0"),
+        ({"relative_weight": float("inf")}, "relative_weight must be a finite number"),
+        ({"parameters": ["*no_such*"]}, r"pattern '\*no_such\*' matches none of the"),
+        ({"parameters": "*weight"}, "list of glob patterns"),
+    ],
+)
+def test_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SSIUURegularizer(tiny_llama(), **options)
+
+
+def test_log_probs_that_are_no_numbers_or_no_batch():
+    weight = nn.Parameter(torch.ones(2))
+    regularizer = SSIUURegularizer([("w", weight)])
+    for log_probs, message in [
+        (weight * float("nan"), r"log_probs\[0\] is nan"),
+        (weight.sum(), "one number a sample"),
+        (weight[:0], "log_probs is empty"),
+        (weight.detach(), "no graph"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            regularizer.backward(log_probs)
+    assert weight.grad is None
+    assert regularizer.last_step is None
+
+
+def test_token_counts_are_required_by_the_mean():
+    weight = nn.Parameter(torch.ones(2))
+    regularizer = SSIUURegularizer([("w", weight)], target="mean_token_probability")
+    with pytest.raises(ValueError, match="needs token_counts"):
+        regularizer.backward(-weight)
+    with pytest.raises(ValueError, match=r"2 numbers above 0, got \[3, 0\]"):
+        regularizer.backward(-weight, token_counts=torch.tensor([3, 0]))
+
+
+def test_scale_must_be_one_through_a_step():
+    weight = nn.Parameter(torch.ones(2))
+    regularizer = SSIUURegularizer([("w", weight)])
+    with pytest.raises(ValueError, match="scale must be a finite number above 0, got 0"):
+        regularizer.backward(-weight, scale=0.0)
+    regularizer.backward(-weight, scale=2.0, last=False)
+    with pytest.raises(ValueError, match=r"from 2\.0 to 4\.0"):
+        regularizer.backward(-weight, scale=4.0)
+
+
+def test_a_freed_graph_names_the_right_order():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model)
+    log_probs = log_probs_of(model, batch())
+    log_probs.sum().backward()
+    with pytest.raises(RuntimeError, match=r"regularizer\.backward\(log_probs\) before loss\.backward\(\)") as error:
+        regularizer.backward(log_probs)
+    assert "second time" in str(error.value.__cause__)
+
+
+def test_no_regularised_parameter_in_the_graph():
+    model, other = tiny_llama(), tiny_llama()
+    regularizer = SSIUURegularizer(model)
+    with pytest.raises(RuntimeError, match="0 of 14 regularised parameters are in this graph"):
+        regularizer.backward(log_probs_of(other, batch()))
+
+
+def test_nothing_to_regularise():
+    model = tiny_llama()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="none of the 14 selected parameters requires grad"):
+        SSIUURegularizer(model)
+    with pytest.raises(ValueError, match="no linear module in a numbered block"):
+        SSIUURegularizer(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="no parameters"):
+        SSIUURegularizer([])
+
+
+def broken(weight, value):
+    """log-probs whose gradient is `value` at the first element of weight."""
+
+    class Break(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            return (w * 0).sum().reshape(1) - 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            out = torch.full_like(weight, 0.5)
+            out[0] = value
+            return out
+
+    return Break.apply(weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_gradients(value):
+    sound, weight = nn.Parameter(torch.full((3,), -1.0)), nn.Parameter(torch.full((3,), -1.0))
+
+    def regularizer(nonfinite):
+        return SSIUURegularizer([("sound", sound), ("broken", weight)], weight=1.0, nonfinite=nonfinite)
+
+    counting = regularizer("count")
+    counting.backward(sound.sum().reshape(1))
+    counting.backward(broken(weight, 1.0) + 0 * sound.sum())
+    weight.grad = torch.zeros(3)
+    before = counting.state_dict()["references"]["broken"].clone()
+    with torch.no_grad():
+        weight.mul_(2)
+    counting.backward(broken(weight, value) + 0 * sound.sum())
+    # the broken element adds nothing and keeps its reference, the others go on
+    assert counting.last_step.nonfinite == 1
+    assert counting.state_dict()["references"]["broken"][0] == before[0]
+    assert (counting.state_dict()["references"]["broken"][1:] == 2 * before[1:]).all()
+    assert weight.grad[0] == 0
+    assert (weight.grad[1:] != 0).all()
+
+    with pytest.raises(FloatingPointError, match=r"non-finite attributions in broken \(1\)"):
+        regularizer("raise").backward(broken(weight, value) + 0 * sound.sum())
+
+
+def test_reference_calls_out_of_place():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="for reference='initial'"):
+        SSIUURegularizer(model).set_reference([])
+    regularizer = SSIUURegularizer(model, reference="initial")
+    with pytest.raises(ValueError, match="the forget set is empty"):
+        regularizer.set_reference([])
+    with pytest.warns(UserWarning, match="without set_reference"):
+        regularizer.backward(log_probs_of(model, batch()))
+    with pytest.raises(RuntimeError, match="1 steps were taken"):
+        regularizer.set_reference([log_probs_of(model, batch())])
+
+
+def test_unusual_parameters():
+    with pytest.raises(ValueError, match="w is not contiguous"):
+        SSIUURegularizer([("w", nn.Parameter(torch.ones(2, 3).t()))])
+    with pytest.raises(ValueError, match="w is torch.complex64"):
+        SSIUURegularizer([("w", nn.Parameter(torch.ones(2, dtype=torch.complex64)))])
+
+
+def test_wrappers_that_hide_the_gradient():
+    with pytest.raises(ValueError, match="DataParallel"):
+        SSIUURegularizer(nn.DataParallel(tiny_llama()))
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    class DeepSpeedEngine(FullyShardedDataParallel):
+        pass
+
+    with pytest.raises(ValueError, match="FSDP1"):
+        SSIUURegularizer(FullyShardedDataParallel(tiny_llama()))
+    with pytest.raises(ValueError, match="DeepSpeedEngine"):
+        SSIUURegularizer(DeepSpeedEngine(tiny_llama()))
+    partitioned = tiny_llama()
+    partitioned.model.layers[0].mlp.up_proj.weight.ds_id = 3
+    with pytest.raises(ValueError, match=r"up_proj\.weight is partitioned by DeepSpeed ZeRO-3"):
+        SSIUURegularizer(partitioned)
+
+
+def test_sharded_parameters(tmp_path):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = tiny_llama()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="is a DTensor"):
+            SSIUURegularizer(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_modules_that_overwrite_saved_tensors():
+    model = tiny_llama()
+    swiglu = type("LigerSwiGLUMLP", (type(model.model.layers[0].mlp),), {"__module__": "liger_kernel.transformers.swiglu"})
+    model.model.layers[0].mlp.__class__ = swiglu
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp \(LigerSwiGLUMLP\) comes from liger_kernel"):
+        SSIUURegularizer(model)
+
+
+def test_compiled_models_need_their_buffers(monkeypatch):
+    from torch._functorch import config
+
+    torch.compiler.reset()
+    monkeypatch.setattr(config, "donated_buffer", True)
+    model = tiny_llama(torch.float32)
+    compiled = torch.compile(model)
+    regularizer = SSIUURegularizer(compiled, weight=1.0)
+    assert regularizer.parameter_names[0].startswith("model.layers.0.")
+    log_probs_of(compiled, batch()).sum().backward()
+    with pytest.raises(RuntimeError, match="donated_buffer = False"):
+        regularizer.backward(log_probs_of(compiled, batch()))
+
+    torch.compiler.reset()
+    monkeypatch.setattr(config, "donated_buffer", False)
+    log_probs_of(compiled, batch()).sum().backward()
+    model.zero_grad()
+    regularizer.backward(log_probs_of(compiled, batch()))
+    assert regularizer.last_step.negative_share > 0
