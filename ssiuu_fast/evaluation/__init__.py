@@ -1,0 +1,1 @@
+"""Scores of what a model knows, and attacks that try to bring it back."""
