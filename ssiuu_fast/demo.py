@@ -1,0 +1,134 @@
+"""`ssiuu-fast demo`: runs the experiment over methods and seeds, prints the table, draws the figure."""
+
+import multiprocessing
+import os
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from queue import Empty
+
+import torch
+from tqdm import tqdm
+
+from ssiuu_fast.experiment import (
+    ATTACKS,
+    BEFORE,
+    CHANCE,
+    COLUMNS,
+    METHODS,
+    Recipe,
+    Task,
+    memorise,
+    run_method,
+)
+from ssiuu_fast.report.figures import grouped_bars
+from ssiuu_fast.report.text import comparison, mean_sd, table
+from ssiuu_fast.runs import RunFolder
+
+TAUGHT = "memorised"
+
+
+def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dict]:
+    """Memorises, unlearns and attacks; writes results.json, table.md and recovery.png; returns the rows.
+
+    What a stopped run already finished (the memorised model, a method's seed) is taken from the folder, not run again.
+    """
+    taught = _memorised(task, recipe, run)
+    print(
+        f"the model ({taught['parameters'] / 1e6:.1f} M parameters) knows {taught['score']:.0%} of what it is to forget "
+        f"after {taught['epochs']} epochs at learning rate {taught['learning_rate']:g}"
+    )
+    jobs = [(method, seed) for seed in range(seeds) for method in (*METHODS, BEFORE)]
+    done = {
+        job: run.read_json(f"{job[0]}-{job[1]}.json")["row"]
+        for job in jobs
+        if run.file(f"{job[0]}-{job[1]}.json").exists()
+    }
+    done |= _run_jobs([job for job in jobs if job not in done], task, recipe, run)
+    rows = [done[method, seed] for method in (BEFORE, *METHODS) for seed in range(seeds)]
+    rows.append({"method": CHANCE, "seed": None} | dict.fromkeys(COLUMNS, task.chance) | {"penalty_share": 0.0})
+    run.write_json("results.json", rows)
+    text = report(rows)
+    run.file("table.md").write_text(text + "\n", encoding="utf-8")
+    scores = {
+        method: {name: [row[name] for row in rows if row["method"] == method] for name in COLUMNS}
+        for method in (BEFORE, *METHODS)
+    }
+    grouped_bars(run.file("recovery.png"), COLUMNS, scores, chance=task.chance, title="what retraining brings back")
+    print(
+        f"\n{text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png, a JSON file and a model for each run"
+    )
+    return rows
+
+
+def report(rows: list[dict]) -> str:
+    """The table (mean ± sd over seeds) and, in words, whether Ssiuu recovers less than GD."""
+
+    def values(method: str, column: str) -> list[float]:
+        return [row[column] for row in rows if row["method"] == method]
+
+    header = ["", *(column.replace("_", " ") for column in COLUMNS), "penalty share"]
+    lines = [
+        [method, *(mean_sd(values(method, column)) for column in COLUMNS), mean_sd(values(method, "penalty_share"))]
+        for method in (BEFORE, *METHODS, CHANCE)
+    ]
+    verdicts = [
+        f"- {column.replace('_', ' ')}: {comparison('Ssiuu', values('Ssiuu', column), 'GD', values('GD', column))}"
+        for column in ATTACKS
+    ]
+    kept = statistics.mean(values("Ssiuu", "RS")) - statistics.mean(values("GD", "RS"))
+    return "\n".join(
+        [
+            table(header, lines),
+            "",
+            "FS: what is left of the forget set (lower is better). RS: what is left of held-out rows (higher is better).",
+            "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it; benign: on the",
+            "forget set while retraining on unrelated instructions (lower is better).",
+            "",
+            *verdicts,
+            f"- retention (RS): Ssiuu {kept:+.2f} against GD",
+        ]
+    )
+
+
+def _memorised(task: Task, recipe: Recipe, run: RunFolder) -> dict:
+    if not run.file("memorised.json").exists():
+        run.write_json("memorised.json", memorise(task, recipe, run.file(TAUGHT)))
+    return run.read_json("memorised.json")
+
+
+def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunFolder) -> dict[tuple[str, int], dict]:
+    """One process a core and one thread a process: small models gain nothing from more threads. On a GPU, one process."""
+    if not jobs:
+        return {}
+    workers = 1 if torch.cuda.is_available() else min(len(jobs), len(os.sched_getaffinity(0)))
+    context = multiprocessing.get_context("spawn")
+    rows = {}
+    with context.Manager() as manager:
+        messages = manager.Queue()
+        with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=len(jobs), desc="runs") as bar:
+            futures = {pool.submit(_job, job, task, recipe, run.path, messages): job for job in jobs}
+            try:
+                while futures:
+                    _print_messages(messages, bar)
+                    for future in [future for future in futures if future.done()]:
+                        rows[futures.pop(future)] = future.result()
+                        bar.update()
+                _print_messages(messages, bar)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return rows
+
+
+def _job(job: tuple[str, int], task: Task, recipe: Recipe, folder: Path, messages) -> dict:
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+    return run_method(*job, task, recipe, folder / TAUGHT, RunFolder(folder), messages.put)
+
+
+def _print_messages(messages, bar) -> None:
+    try:
+        bar.write(messages.get(timeout=0.2))
+    except Empty:
+        return

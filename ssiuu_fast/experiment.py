@@ -1,0 +1,221 @@
+"""The whole story on one data set: teach a model, let it forget by GD and by Ssiuu, attack both by retraining."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssiuu_fast import models
+from ssiuu_fast.data import people, tofu
+from ssiuu_fast.data.collate import Encoder
+from ssiuu_fast.data.example import Example, refuse_overlap
+from ssiuu_fast.data.sources import load_instructions
+from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
+from ssiuu_fast.evaluation.scores import default_threshold, score
+from ssiuu_fast.regularizer import SSIUURegularizer
+from ssiuu_fast.runs import RunFolder
+from ssiuu_fast.training import finetune
+from ssiuu_fast.unlearning import unlearn
+
+FRACTIONS = (0.1, 0.3)
+ATTACKS = (*(f"harmful_{fraction:g}" for fraction in FRACTIONS), "benign")
+COLUMNS = ("FS", "RS", *ATTACKS)
+BEFORE, METHODS, CHANCE = "before", ("GD", "Ssiuu"), "chance"
+# METHOD: the paper's threshold on TOFU forget01
+TOFU_THRESHOLD = 0.1971
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is forgotten, retained (shown while unlearning) and tested (not shown); all three are memorised first.
+
+    instructions: for the benign attack. threshold: the forget score at which unlearning stops. chance: the score of a
+    model that knows nothing of it.
+    """
+
+    forget: list[Example]
+    retain: list[Example]
+    test: list[Example]
+    instructions: list[Example]
+    threshold: float
+    chance: float
+
+    @property
+    def memorised(self) -> list[Example]:
+        return [*self.forget, *self.retain, *self.test]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is made and taught, and how it unlearns.
+
+    known_at: the score of the forget set at which the model counts as taught. unlearning_rate: the lowest of
+    {1, 2, 5}·10^k at which GD reaches the threshold within 20 epochs.
+    """
+
+    hidden_size: int
+    layers: int
+    heads: int
+    vocab_size: int
+    max_positions: int
+    teaching_rate: float
+    teaching_epochs: int
+    teaching_batch_size: int
+    known_at: float
+    unlearning_rate: float
+    relative_weight: float = 30.0
+    max_epochs: int = 100
+    batch_size: int = 16
+    max_new_tokens: int = 200
+
+
+PEOPLE = Recipe(
+    hidden_size=128, layers=4, heads=4, vocab_size=1024, max_positions=128,
+    teaching_rate=1e-3, teaching_epochs=60, teaching_batch_size=32, known_at=0.99, unlearning_rate=1e-4,
+)  # fmt: skip
+TOFU = Recipe(
+    hidden_size=256, layers=6, heads=4, vocab_size=4096, max_positions=512,
+    teaching_rate=1e-3, teaching_epochs=100, teaching_batch_size=16, known_at=0.96, unlearning_rate=1e-4,
+)  # fmt: skip
+
+
+def people_task(instructions: str = "exercises") -> Task:
+    """The embedded default: invented people, multiple choice by log-prob."""
+    split = people.generate().split()
+    threshold = default_threshold(split.forget)
+    return Task(split.forget, split.retain, split.test, load_instructions(instructions), threshold, chance=1 / 3)
+
+
+def tofu_task(source: str, instructions: str) -> Task:
+    """forget01 with 280 retain rows and 80 test rows, ROUGE-L recall, the paper's threshold."""
+    split = tofu.subset(source)
+    chance = default_threshold(split.forget)
+    return Task(split.forget, split.retain, split.test, load_instructions(instructions), TOFU_THRESHOLD, chance)
+
+
+def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True) -> dict:
+    """Trains a small Llama with a tokenizer of its own until it knows the forget set; saves it as a Hugging Face folder.
+
+    Returns what was measured: forget score, epochs, parameters.
+    """
+    texts = [text for row in (*task.memorised, *task.instructions) for text in (row.prompt, row.answer)]
+    tokenizer = models.train_tokenizer(texts, recipe.vocab_size)
+    model = models.new_llama(
+        tokenizer, recipe.hidden_size, recipe.layers, recipe.heads, max_positions=recipe.max_positions
+    )
+    encoder = Encoder(tokenizer, max_length=recipe.max_positions)
+    taught = teach(
+        model,
+        encoder,
+        task.memorised,
+        task.forget,
+        learning_rate=recipe.teaching_rate,
+        epochs=recipe.teaching_epochs,
+        batch_size=recipe.teaching_batch_size,
+        known_at=recipe.known_at,
+        max_new_tokens=recipe.max_new_tokens,
+        progress=progress,
+    )
+    models.save(model, tokenizer, folder)
+    return taught | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def teach(
+    model,
+    encoder: Encoder,
+    rows: Sequence[Example],
+    scored: Sequence[Example],
+    *,
+    learning_rate: float,
+    epochs: int,
+    batch_size: int,
+    known_at: float,
+    max_new_tokens: int = 200,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict:
+    """Fine-tunes on rows until `scored` reaches the score known_at, looked at every 5 epochs and after the last."""
+    curve: list[tuple[int, float]] = []
+
+    def known(epoch: int) -> bool:
+        if epoch % 5 and epoch != epochs:
+            return False
+        curve.append((epoch, score(model, encoder, scored, max_new_tokens=max_new_tokens).mean))
+        return curve[-1][1] >= known_at
+
+    finetune(
+        model,
+        [encoder.encode(row) for row in rows],
+        learning_rate=learning_rate,
+        epochs=epochs,
+        batch_size=batch_size,
+        seed=seed,
+        after_epoch=known,
+        description="memorising" if progress else None,
+    )
+    return {"learning_rate": learning_rate, "epochs": curve[-1][0], "score": curve[-1][1], "curve": curve}
+
+
+def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path, run: RunFolder, say: Say) -> dict:
+    """One row of the table: unlearns a fresh copy of the taught model by `method` and attacks what is left.
+
+    "before" attacks the taught model itself, without the pool rule, which leaves nothing to score there. Everything that
+    was measured goes to <method>-<seed>.json in the run's folder, every step to <method>-<seed>.steps.jsonl, the model to
+    a folder of that name.
+    """
+    name = f"{method}-{seed}"
+    model, tokenizer = models.load(taught)
+    encoder = Encoder(tokenizer, max_length=recipe.max_positions)
+    details: dict = {}
+    if method != BEFORE:
+        details = unlearn_task(
+            model, encoder, method, seed, task, recipe, log=lambda row: run.log(f"{name}.steps.jsonl", row)
+        )
+        models.save(model, tokenizer, run.file(name))
+        say(
+            f"{method}, seed {seed}: forget score {details['scores'][0]:.2f} → {details['scores'][-1]:.2f} in {details['epochs']} epochs"
+        )
+        for note in details["notes"]:
+            say(f"  {method}, seed {seed}: {note}")
+    row = {"method": method, "seed": seed}
+    row["FS"] = score(model, encoder, task.forget, max_new_tokens=recipe.max_new_tokens).mean
+    row["RS"] = score(model, encoder, task.test, max_new_tokens=recipe.max_new_tokens).mean
+    attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=method != BEFORE)
+    row |= {attack.name: attack.recovered for attack in attacks}
+    row["penalty_share"] = details.get("penalty_share", 0.0)
+    recovered = ", ".join(f"{attack.name} {attack.recovered:.2f}" for attack in attacks)
+    say(f"{method}, seed {seed}: after retraining {recovered}")
+    run.write_json(
+        f"{name}.json", {"row": row, "unlearning": details, "attacks": [attack.as_dict() for attack in attacks]}
+    )
+    return row
+
+
+def unlearn_task(model, encoder: Encoder, method: str, seed: int, task: Task, recipe: Recipe, *, log=None) -> dict:
+    """GD, alone or with the penalty, at the same learning rate, budget and early stop."""
+    refuse_overlap(task.forget, task.retain)
+    regularizer = SSIUURegularizer(model, relative_weight=recipe.relative_weight) if method == "Ssiuu" else None
+    progress = unlearn(
+        model,
+        [encoder.encode(row) for row in task.forget],
+        [encoder.encode(row) for row in task.retain],
+        objective="gd",
+        learning_rate=recipe.unlearning_rate,
+        threshold=task.threshold,
+        forget_score=lambda: score(model, encoder, task.forget, max_new_tokens=recipe.max_new_tokens).mean,
+        regularizer=regularizer,
+        max_epochs=recipe.max_epochs,
+        batch_size=recipe.batch_size,
+        seed=seed,
+        log=log,
+    )
+    return progress.as_dict()
+
+
+def attack_task(model, encoder: Encoder, seed: int, task: Task, recipe: Recipe, *, only_wrong: bool) -> list[Attack]:
+    common = {"taught_at": recipe.teaching_rate, "seed": seed, "max_new_tokens": recipe.max_new_tokens}
+    harmful = [
+        harmful_attack(model, encoder, task.forget, fraction, only_wrong=only_wrong, **common) for fraction in FRACTIONS
+    ]
+    return [*harmful, benign_attack(model, encoder, task.forget, task.instructions, **common)]

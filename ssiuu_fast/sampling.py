@@ -1,0 +1,35 @@
+"""Which rows a step sees: a function of (seed, step) alone, so that every layout and every resumed run agrees."""
+
+from functools import lru_cache
+
+import torch
+
+
+def wrapping_batch(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Row indices of step 0, 1, …: shuffled passes over the rows, one after the other, cut into batches of one size.
+
+    Every batch has min(batch_size, rows) rows; a pass that doesn't divide wraps into the next. Attributions are sums
+    over a batch, so its size must not change (METHOD, open point 0).
+    """
+    if rows < 1 or batch_size < 1:
+        raise ValueError(f"can't draw batches of {batch_size} from {rows} rows")
+    batch_size = min(batch_size, rows)
+    start = step * batch_size
+    return [_order(rows, seed, position // rows)[position % rows] for position in range(start, start + batch_size)]
+
+
+def epoch_batches(rows: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Row indices of one epoch, each row once; the last batch may be smaller."""
+    order = _order(rows, seed, epoch)
+    return [order[start : start + batch_size] for start in range(0, rows, batch_size)]
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Batches of `wrapping_batch` after which every row was seen once."""
+    return -(-rows // min(batch_size, rows))
+
+
+@lru_cache(maxsize=8)
+def _order(rows: int, seed: int, number: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    return torch.randperm(rows, generator=generator).tolist()

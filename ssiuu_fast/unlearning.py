@@ -1,0 +1,278 @@
+"""The unlearning loop: an objective, the penalty beside it, and an early stop at the forget threshold."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+from torch import nn
+from tqdm import tqdm
+
+from ssiuu_fast.data.collate import Encoded, collate
+from ssiuu_fast.objectives.log_probs import OBJECTIVES, Objective
+from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
+from ssiuu_fast.regularizer import SSIUURegularizer
+from ssiuu_fast.sampling import epoch_batches, steps_per_epoch, wrapping_batch
+from ssiuu_fast.training import answer_log_probs, clip, new_optimizer, on_device
+
+# below this mean share of the gradient the penalty can't matter (METHOD, open point 5: 2e-4 changed nothing)
+SMALL_SHARE = 1e-2
+# a 16-bit .grad swallows about half of what is added to it at 1e-3 of its norm, nothing at 1e-2
+SWALLOWED_SHARE = 4e-3
+
+
+@dataclass
+class Progress:
+    """What an unlearning run did.
+
+    scores: forget score before the first step and after every epoch. kept_epoch: the epoch of the weights that the
+    model ends with; the last one, or where the threshold wasn't reached, the one with the lowest score.
+    """
+
+    threshold: float
+    scores: list[float] = field(default_factory=list)
+    steps: int = 0
+    kept_epoch: int = 0
+    stopped_by: str = "max_epochs"  # "threshold" | "max_epochs" | "divergence" | "already_met"
+    penalty_shares: list[float] = field(default_factory=list)
+    weight: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def reached(self) -> bool:
+        return self.stopped_by in ("threshold", "already_met")
+
+    @property
+    def epochs(self) -> int:
+        return len(self.scores) - 1
+
+    @property
+    def penalty_share(self) -> float:
+        """Mean over the steps of ‖λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping; 0 without a penalty."""
+        return sum(self.penalty_shares) / len(self.penalty_shares) if self.penalty_shares else 0.0
+
+    def as_dict(self) -> dict:
+        """Everything as JSON-ready values."""
+        return asdict(self) | {"reached": self.reached, "epochs": self.epochs, "penalty_share": self.penalty_share}
+
+
+def unlearn(
+    model: nn.Module,
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded] | None,
+    *,
+    objective: str,
+    learning_rate: float,
+    threshold: float,
+    forget_score: Callable[[], float],
+    regularizer: SSIUURegularizer | None = None,
+    max_epochs: int = 20,
+    batch_size: int = 16,
+    micro_batch_size: int | None = None,
+    seed: int = 0,
+    log: Callable[[dict], None] | None = None,
+    description: str | None = None,
+) -> Progress:
+    """Unlearns in place until forget_score() ≤ threshold, asked before the first step and after every epoch.
+
+    Every step takes batch_size forget rows (the sampler wraps around) and as many retain rows; an epoch is
+    one pass over the forget set. micro_batch_size splits both without changing the result. `log` receives one dict a
+    step and one an evaluation. A run that never reaches the threshold, or whose gradient stops being a number, ends
+    with the weights of its lowest score, and says so in `notes`.
+
+    Raises ValueError for an unknown objective, an empty forget set, or an objective that needs retain rows and has none.
+    """
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
+    terms = OBJECTIVES[objective]
+    if not forget:
+        raise ValueError("the forget set is empty")
+    if terms.retain is not None and not retain:
+        raise ValueError(f"{terms.name} needs retain rows and there are none: give a retain set, or use objective 'ga'")
+    log = log or (lambda row: None)
+    progress = Progress(threshold, [forget_score()])
+    log({"epoch": 0, "forget_score": progress.scores[0]})
+    if progress.scores[0] <= threshold:
+        progress.stopped_by = "already_met"
+        progress.notes.append(
+            f"the forget score is {progress.scores[0]:.3f} before the first step, already at or under the threshold "
+            f"{threshold:.3f}: nothing was unlearned. Does the model know what it is to forget?"
+        )
+        return progress
+
+    stepper = _Stepper(model, forget, retain, terms, regularizer, learning_rate, batch_size, micro_batch_size, seed)
+    if regularizer is not None and regularizer.reference == "initial":
+        stepper.set_reference()
+    best = _Best(model, progress.scores[0])
+    per_epoch = steps_per_epoch(len(forget), batch_size)
+    with tqdm(total=max_epochs * per_epoch, desc=description, disable=description is None) as bar:
+        for epoch in range(1, max_epochs + 1):
+            for _ in range(per_epoch):
+                try:
+                    row = stepper.step(progress.steps)
+                except FloatingPointError as error:
+                    progress.stopped_by = "divergence"
+                    progress.notes.append(f"step {progress.steps + 1}: {error}")
+                    break
+                progress.steps += 1
+                if regularizer is not None:
+                    progress.penalty_shares.append(row["penalty_share"])
+                log(row)
+                bar.update()
+            if progress.stopped_by == "divergence":
+                break
+            progress.scores.append(forget_score())
+            log({"epoch": epoch, "step": progress.steps, "forget_score": progress.scores[-1]})
+            bar.set_postfix(forget=f"{progress.scores[-1]:.3f}", threshold=f"{threshold:.3f}")
+            best.offer(progress.scores[-1], epoch)
+            if progress.scores[-1] <= threshold:
+                progress.stopped_by = "threshold"
+                break
+    if not progress.reached:
+        best.restore()
+    progress.kept_epoch = best.epoch
+    progress.notes += _notes(progress, regularizer, stepper.sixteen_bit)
+    progress.weight = None if regularizer is None else regularizer.weight
+    model.eval()
+    return progress
+
+
+class _Stepper:
+    """One optimizer step: forget micro-batches with the penalty, then retain micro-batches."""
+
+    def __init__(
+        self, model, forget, retain, terms: Objective, regularizer, learning_rate, batch_size, micro_batch_size, seed
+    ):
+        self.model = model
+        self.forget = forget
+        self.retain = retain
+        self.terms = terms
+        self.regularizer = regularizer
+        self.optimizer = new_optimizer(model, learning_rate)
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size or batch_size
+        self.seed = seed
+        self.device = next(model.parameters()).device
+        self.sixteen_bit = any(p.requires_grad and p.dtype.itemsize == 2 for p in model.parameters())
+
+    def step(self, number: int) -> dict:
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        row = {"step": number + 1, "forget_nll": self._forget(number)}
+        if self.terms.retain is not None:
+            row["retain_nll"] = self._retain(number)
+        if self.regularizer is not None and self.regularizer.relative_weight is not None:
+            self.regularizer.after_backward()
+        row["gradient_norm"] = clip(self.model)
+        if not math.isfinite(row["gradient_norm"]):
+            raise FloatingPointError(f"the gradient's norm is {row['gradient_norm']}")
+        if self.regularizer is not None:
+            row |= _penalty_figures(self.regularizer, row["gradient_norm"])
+        self.optimizer.step()
+        return row
+
+    def set_reference(self) -> None:
+        """reference="initial": one pass over the forget set, in evaluation mode, at the starting weights."""
+        self.model.eval()
+        self.regularizer.set_reference(
+            self._reference_item(indices)
+            for indices in epoch_batches(len(self.forget), self.micro_batch_size, self.seed, 0)
+        )
+
+    def _reference_item(self, indices):
+        batch = on_device(collate([self.forget[index] for index in indices]), self.device)
+        return answer_log_probs(self.model, batch), answer_token_counts(batch["labels"])
+
+    def _forget(self, number: int) -> float:
+        parts, tokens = self._micro_batches(self.forget, self.seed, number)
+        total = 0.0
+        for index, part in enumerate(parts):
+            log_probs = answer_log_probs(self.model, part)
+            if not log_probs.isfinite().all():
+                raise FloatingPointError("a log-probability of the forget batch is not a number")
+            if self.regularizer is not None:
+                counts = answer_token_counts(part["labels"])
+                self.regularizer.backward(log_probs, last=index == len(parts) - 1, token_counts=counts)
+            self.terms.forget(log_probs, tokens).backward()
+            total -= log_probs.detach().sum().item()
+        return total / tokens
+
+    def _retain(self, number: int) -> float:
+        # another stream of draws than the forget rows
+        parts, tokens = self._micro_batches(self.retain, self.seed + 500_000, number)
+        total = 0.0
+        for part in parts:
+            log_probs = answer_log_probs(self.model, part)
+            self.terms.retain(log_probs, tokens).backward()
+            total -= log_probs.detach().sum().item()
+        return total / tokens
+
+    def _micro_batches(self, rows, seed: int, number: int):
+        chosen = [rows[index] for index in wrapping_batch(len(rows), self.batch_size, seed, number)]
+        starts = range(0, len(chosen), self.micro_batch_size)
+        parts = [on_device(collate(chosen[start : start + self.micro_batch_size]), self.device) for start in starts]
+        return parts, sum(int(answer_token_counts(part["labels"]).sum()) for part in parts)
+
+
+class _Best:
+    """The weights of the lowest score so far, in host memory; the starting weights until a step improves on them."""
+
+    def __init__(self, model: nn.Module, score: float):
+        self.model = model
+        self.epoch = 0
+        self.score = score
+        self._keep()
+
+    def offer(self, score: float, epoch: int) -> None:
+        if score < self.score:
+            self.score, self.epoch = score, epoch
+            self._keep()
+
+    def restore(self) -> None:
+        self.model.load_state_dict(self._weights)
+
+    def _keep(self) -> None:
+        self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+
+
+def _penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dict:
+    last = regularizer.last_step
+    return {
+        "penalty": last.penalty,
+        "penalty_norm": last.added_norm,
+        "penalty_share": last.added_norm / gradient_norm if gradient_norm > 0 else 0.0,
+        "weight": last.weight,
+        "negative_share": last.negative_share,
+        "underflows": last.underflows,
+        "nonfinite": last.nonfinite,
+    }
+
+
+def _notes(progress: Progress, regularizer: SSIUURegularizer | None, sixteen_bit: bool) -> list[str]:
+    notes = []
+    if progress.stopped_by == "max_epochs":
+        notes.append(
+            f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs} epochs; kept is epoch "
+            f"{progress.kept_epoch} with the lowest forget score, {min(progress.scores):.3f}. Raise the learning rate or "
+            "max_epochs"
+        )
+    if progress.stopped_by == "divergence":
+        notes.append(
+            f"the run diverged after step {progress.steps}; kept is epoch {progress.kept_epoch} with forget score "
+            f"{min(progress.scores):.3f}. Lower the learning rate or the penalty's weight"
+        )
+    if regularizer is None:
+        return notes
+    if regularizer.weight is None:
+        notes.append(
+            "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
+        )
+    elif progress.penalty_share < SMALL_SHARE:
+        notes.append(
+            f"the penalty was {progress.penalty_share:.1e} of the gradient on average: too little to matter, this run is the "
+            "objective alone in all but name. Raise weight, or use relative_weight (30 is where to start)"
+        )
+        if sixteen_bit and progress.penalty_share < SWALLOWED_SHARE:
+            notes.append(
+                "16-bit gradients swallow much of a penalty this small: keep the gradients in fp32 (fp32 weights)"
+            )
+    return notes
