@@ -111,13 +111,14 @@ def measure(dtype, elements, rounds):
 def table(rows):
     by_name = {row.contestant: row for row in rows}
     print(f"\n{rows[0].case}")
-    print(f"{'':10}{'median ms':>10}{'10-90 %':>16}{'GB/s':>8}{'% of limit':>12}{'x eager':>9}{'x compiled':>12}{'alloc MB':>10}")
+    heads = ("median ms", "10-90 %", "GB/s", "% of limit", "x eager", "x compiled", "alloc MB")
+    print(f"{'':10}{''.join(f'{head:>12}' for head in heads)}")
     for row in rows:
         low, median, high = (1e3 * second for second in row.seconds)
         print(
-            f"{row.contestant:10}{median:10.1f}{f'{low:.0f}-{high:.0f}':>16}{row.gigabytes_per_second:8.2f}"
-            f"{100 * by_name['limit'].median / row.median:12.0f}{by_name['eager'].median / row.median:9.2f}"
-            f"{by_name['compiled'].median / row.median:12.2f}{row.peak_allocation_bytes / 1e6:10.2f}"
+            f"{row.contestant:10}{median:12.1f}{f'{low:.0f}-{high:.0f}':>12}{row.gigabytes_per_second:12.2f}"
+            f"{100 * by_name['limit'].median / row.median:12.0f}{by_name['eager'].median / row.median:12.2f}"
+            f"{by_name['compiled'].median / row.median:12.2f}{row.peak_allocation_bytes / 1e6:12.2f}"
         )
 
 

@@ -261,6 +261,8 @@ def memorize(options: MemorizeOptions) -> None:
 
 def unlearn_command(options: UnlearnOptions) -> None:
     """Unlearn rows of your own from a model, with an early stop at the forget threshold."""
+    if options.weight is not None and options.relative_weight is not None:
+        raise ValueError("give weight or relative_weight, not both")
     forget = load_examples(options.forget)
     retain = load_examples(options.retain) if options.retain else None
     test = load_examples(options.test) if options.test else retain
@@ -368,8 +370,6 @@ def _method(asked: str | None, retain: list[Example] | None) -> str:
 
 
 def _regularizer(model, options: UnlearnOptions) -> SSIUURegularizer:
-    if options.weight is not None and options.relative_weight is not None:
-        raise ValueError("give weight or relative_weight, not both")
     relative = options.relative_weight
     if options.weight is None and relative is None:
         relative = DEFAULT_RELATIVE_WEIGHT

@@ -9,6 +9,7 @@ from queue import Empty
 
 import torch
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from ssiuu_fast.experiment import (
     ATTACKS,
@@ -33,6 +34,7 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
 
     What a stopped run already finished (the memorised model, a method's seed) is taken from the folder, not run again.
     """
+    disable_progress_bar()
     taught = _memorised(task, recipe, run)
     print(
         f"the model ({taught['parameters'] / 1e6:.1f} M parameters) knows {taught['score']:.0%} of what it is to forget "
@@ -122,6 +124,8 @@ def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunF
 
 
 def _job(job: tuple[str, int], task: Task, recipe: Recipe, folder: Path, messages) -> dict:
+    # several processes share the terminal: the parent's bar is the only one
+    disable_progress_bar()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
     return run_method(*job, task, recipe, folder / TAUGHT, RunFolder(folder), messages.put)

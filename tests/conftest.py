@@ -1,8 +1,28 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 # tests import their helpers by name, wherever they are run from
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(2)
+# small tensors gain nothing from more threads, and lose much where other processes want the cores
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def taught_folder(tmp_path_factory):
+    """Folder of a model that knows a few invented people."""
+    from taught import teach_into
+
+    folder = tmp_path_factory.mktemp("taught") / "model"
+    teach_into(folder)
+    return folder
+
+
+@pytest.fixture
+def taught(taught_folder):
+    """(model, encoder): a fresh copy of it."""
+    from taught import load_taught
+
+    return load_taught(taught_folder)

@@ -54,7 +54,9 @@ def choose(backend: str, operator: str, device: torch.device, *, double: bool = 
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, not {backend!r}")
     obstacle = _obstacle(backend, operator, device, double)
     if obstacle:
-        raise RuntimeError(f'{operator}: backend="{backend}" can\'t run: {obstacle}. backend="auto" takes one that can.')
+        raise RuntimeError(
+            f'{operator}: backend="{backend}" can\'t run: {obstacle}. backend="auto" takes one that can.'
+        )
     return backend
 
 

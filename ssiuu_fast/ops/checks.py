@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 # dtype codes of the C++ kernels, csrc/cpu/kernels.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -48,7 +47,7 @@ def check_no_overlap(written: list[tuple[str, int, Tensor]], read: list[tuple[st
         before = furthest if is_written else furthest_written
         if before is not None and before[0] == device and start < before[2]:
             raise ValueError(
-                f"{name}[{index}] and {before[4]}[{before[5]}] share memory, and one of them is written: pass a .clone()"
+                f"{name}[{index}] and {before[4]}[{before[5]}] share memory and one is written: pass a .clone()"
             )
         furthest = _further(furthest, span)
         if is_written:

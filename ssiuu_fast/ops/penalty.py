@@ -116,7 +116,6 @@ def penalty_(
     return PenaltyResult(*(sum(x.to(gradients[0].device) for x in field) for field in zip(*sums, strict=True)))
 
 
-
 def _check(gradients, parameters, references, outs, references_written):
     """Refuse bad input; nothing has been written when this raises."""
     lengths = {"parameters": len(parameters), "references": len(references), "out": len(outs)}
@@ -162,12 +161,16 @@ def _check_weight(weight, gradients):
         return float(weight)
     if weight.numel() != 1 or weight.dtype != torch.float32:
         raise ValueError(
-            f"weight is a tensor of shape {tuple(weight.shape)} and {weight.dtype}: pass a number or one float32 element"
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a number or one float32 element"
         )
     for i, gradient in enumerate(gradients):
         if gradient.device != weight.device:
             raise ValueError(f"weight is on {weight.device} and gradients[{i}] on {gradient.device}: move it there")
-    return weight.detach().reshape(())
+    weight = weight.detach().reshape(())
+    # on an accelerator looking would wait for it
+    if weight.device.type == "cpu" and not weight.isfinite():
+        raise ValueError(f"weight must be finite, not {weight.item()}")
+    return weight
 
 
 def _check_counts(counts, gradients):
@@ -208,7 +211,12 @@ def _cpp(gradients, parameters, references, outs, options):
     table = []
     for g, p, r, o in zip(gradients, parameters, references, outs, strict=True):
         table += (g.data_ptr(), p.data_ptr(), r.data_ptr(), 0 if o is None else o.data_ptr(), g.numel())
-        table += (DTYPE_CODES[g.dtype], DTYPE_CODES[p.dtype], DTYPE_CODES[r.dtype], 0 if o is None else DTYPE_CODES[o.dtype])
+        table += (
+            DTYPE_CODES[g.dtype],
+            DTYPE_CODES[p.dtype],
+            DTYPE_CODES[r.dtype],
+            0 if o is None else DTYPE_CODES[o.dtype],
+        )
     counts = torch.empty(len(gradients), dtype=torch.int64)
     penalty, negative, gradient_square = backends._C.penalty(
         table,

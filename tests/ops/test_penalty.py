@@ -81,7 +81,9 @@ def test_out_is_added_to_and_the_gradient_stays(backend, dtype, out_dtype):
     g, phi, reference = three_parameters(dtype)
     out = torch.tensor([10.0, 20.0, 30.0], dtype=out_dtype or dtype)
     other = [tensor.clone() for tensor in (g, phi, reference)]
-    result = penalty_([g, other[0]], [phi, other[1]], [reference, other[2]], weight=0.5, out=[out, None], backend=backend)
+    result = penalty_(
+        [g, other[0]], [phi, other[1]], [reference, other[2]], weight=0.5, out=[out, None], backend=backend
+    )
     assert results(result) == (4.0, 4, 136.0, 0)
     assert out.tolist() == [11.0, 24.0, 30.0]
     assert g.tolist() == [-1.0, 4.0, 2.0]

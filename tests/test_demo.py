@@ -1,0 +1,87 @@
+"""The whole story in small: rows, table, figure, folder, and going on after a stop."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ssiuu_fast import demo
+from ssiuu_fast.demo import report, run_demo
+from ssiuu_fast.runs import RunFolder
+from taught import RECIPE, small_task
+
+KEYS = {"method", "seed", "FS", "RS", "harmful_0.1", "harmful_0.3", "benign", "penalty_share"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run = RunFolder.create(tmp_path_factory.mktemp("runs") / "demo", "demo", {"seeds": 1})
+    rows = run_demo(small_task(), replace(RECIPE, max_epochs=8), 1, run)
+    return run, rows
+
+
+def test_results_are_rows_of_one_form(finished):
+    run, rows = finished
+    assert run.read_json("results.json") == rows
+    assert [(row["method"], row["seed"]) for row in rows] == [("before", 0), ("GD", 0), ("Ssiuu", 0), ("chance", None)]
+    for row in rows:
+        assert row.keys() == KEYS
+        assert all(0 <= row[name] <= 1 for name in KEYS - {"method", "seed", "penalty_share"})
+    before, gd, ssiuu, _ = rows
+    assert before["FS"] >= 0.8
+    assert before["FS"] > max(gd["FS"], ssiuu["FS"])
+    assert (gd["penalty_share"], ssiuu["penalty_share"] > 0) == (0, True)
+
+
+def test_the_folder_holds_everything(finished):
+    run, _ = finished
+    names = {path.name for path in run.path.iterdir()}
+    assert {"config.json", "results.json", "table.md", "recovery.png", "recovery.csv", "memorised", "memorised.json"} <= names
+    assert {"GD-0", "GD-0.json", "GD-0.steps.jsonl", "Ssiuu-0", "Ssiuu-0.json", "Ssiuu-0.steps.jsonl"} <= names
+    config = run.read_json("config.json")
+    assert config["command"] == "demo"
+    assert {"torch", "transformers", "ssiuu-fast"} <= config["versions"].keys()
+    steps = [json.loads(line) for line in run.file("Ssiuu-0.steps.jsonl").read_text().splitlines()]
+    assert any("penalty_share" in row for row in steps)
+    details = run.read_json("Ssiuu-0.json")
+    assert [attack["name"] for attack in details["attacks"]] == ["harmful_0.1", "harmful_0.3", "benign"]
+
+
+def test_the_unlearned_model_is_an_ordinary_folder(finished):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = finished
+    AutoModelForCausalLM.from_pretrained(run.file("Ssiuu-0"))
+    AutoTokenizer.from_pretrained(run.file("Ssiuu-0"))
+
+
+def test_a_stopped_demo_goes_on_with_what_is_missing(finished, monkeypatch):
+    run, rows = finished
+    run.file("GD-0.json").unlink()
+    started = []
+
+    def run_jobs(jobs, *_):
+        started.extend(jobs)
+        return {job: rows[1] for job in jobs}
+
+    monkeypatch.setattr(demo, "_run_jobs", run_jobs)
+    monkeypatch.setattr(demo, "memorise", lambda *_: pytest.fail("memorised again"))
+    assert run_demo(small_task(), RECIPE, 1, run) == rows
+    assert started == [("GD", 0)]
+
+
+def rows_of(gd, ssiuu):
+    names = ("FS", "RS", "harmful_0.1", "harmful_0.3", "benign")
+    rows = [{"method": "before", "seed": 0} | dict.fromkeys(names, 1.0) | {"penalty_share": 0.0}]
+    for method, values in (("GD", gd), ("Ssiuu", ssiuu)):
+        rows += [{"method": method, "seed": s} | dict.fromkeys(names, v) | {"penalty_share": 0.5} for s, v in enumerate(values)]
+    return [*rows, {"method": "chance", "seed": None} | dict.fromkeys(names, 0.33) | {"penalty_share": 0.0}]
+
+
+def test_the_table_says_who_recovers_more():
+    text = report(rows_of([0.5, 0.6, 0.7], [0.1, 0.2, 0.3]))
+    assert "| GD     | 0.60 ± 0.10 |" in text
+    assert "harmful 0.1: Ssiuu recovers 0.40 less than GD" in text
+    assert "retention (RS): Ssiuu -0.40 against GD" in text
+    assert "benign: Ssiuu recovers 0.40 MORE than GD" in report(rows_of([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
+    assert "do not differ by more than the spread" in report(rows_of([0.1, 0.2, 0.3], [0.12, 0.22, 0.32]))

@@ -1,0 +1,39 @@
+from collections import Counter
+
+import pytest
+
+from ssiuu_fast.sampling import epoch_batches, steps_per_epoch, wrapping_batch
+
+
+def test_every_batch_has_one_size_and_every_pass_each_row_once():
+    drawn = [index for step in range(20) for index in wrapping_batch(7, 3, seed=1, step=step)]
+    assert len(drawn) == 60
+    for start in range(0, 56, 7):
+        assert sorted(drawn[start : start + 7]) == list(range(7))
+
+
+def test_fewer_rows_than_a_batch():
+    assert sorted(wrapping_batch(3, 16, seed=0, step=5)) == [0, 1, 2]
+    assert steps_per_epoch(3, 16) == 1
+
+
+def test_a_step_depends_on_seed_and_number_alone():
+    late = wrapping_batch(100, 16, seed=3, step=1000)
+    for step in range(50):
+        wrapping_batch(100, 16, seed=3, step=step)
+    assert wrapping_batch(100, 16, seed=3, step=1000) == late
+    assert wrapping_batch(100, 16, seed=4, step=1000) != late
+
+
+def test_epochs():
+    batches = epoch_batches(10, 4, seed=0, epoch=1)
+    assert [len(b) for b in batches] == [4, 4, 2]
+    assert Counter(i for b in batches for i in b) == Counter(range(10))
+    assert batches != epoch_batches(10, 4, seed=0, epoch=2)
+    assert steps_per_epoch(10, 4) == 3
+
+
+@pytest.mark.parametrize(("rows", "size"), [(0, 4), (4, 0)])
+def test_nothing_to_draw(rows, size):
+    with pytest.raises(ValueError, match=f"batches of {size} from {rows} rows"):
+        wrapping_batch(rows, size, 0, 0)

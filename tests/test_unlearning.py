@@ -1,0 +1,170 @@
+"""The unlearning loop: early stop, what it keeps, and what it says."""
+
+import pytest
+import torch
+
+from ssiuu_fast import SSIUURegularizer
+from ssiuu_fast.evaluation.scores import score
+from ssiuu_fast.unlearning import unlearn
+from taught import small_task
+
+
+def run(taught, *, objective="gd", threshold=0.33, **options):
+    model, encoder = taught
+    task = small_task()
+    settings = {"learning_rate": 1e-3, "max_epochs": 20} | options
+    return unlearn(
+        model,
+        [encoder.encode(row) for row in task.forget],
+        [encoder.encode(row) for row in task.retain] if objective != "ga" else None,
+        objective=objective,
+        threshold=threshold,
+        forget_score=settings.pop("forget_score", lambda: score(model, encoder, task.forget).mean),
+        **settings,
+    )
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize("objective", ["ga", "gd"])
+def test_stops_at_the_threshold(taught, objective):
+    rows = []
+    progress = run(taught, objective=objective, threshold=0.4, log=rows.append)
+    assert progress.scores[0] >= 0.9
+    assert progress.scores[-1] <= 0.4 < min(progress.scores[:-1])
+    assert progress.stopped_by == "threshold" and progress.reached
+    # 30 forget rows, 16 a step: two steps an epoch
+    assert progress.steps == 2 * progress.epochs
+    assert progress.kept_epoch == progress.epochs
+    assert [row["step"] for row in rows if "forget_nll" in row] == list(range(1, progress.steps + 1))
+    assert ("retain_nll" in rows[1]) == (objective == "gd")
+    assert progress.penalty_share == 0
+    assert progress.notes == []
+
+
+def test_gradient_difference_keeps_more_than_ascent(taught_folder):
+    from taught import load_taught
+
+    kept = {}
+    for objective in ("ga", "gd"):
+        model, encoder = load_taught(taught_folder)
+        run((model, encoder), objective=objective)
+        kept[objective] = score(model, encoder, small_task().retain).mean
+    assert kept["gd"] > kept["ga"]
+
+
+def test_threshold_already_met(taught):
+    model, _ = taught
+    before = weights(model)
+    progress = run(taught, threshold=1.0)
+    assert progress.stopped_by == "already_met" and progress.reached
+    assert progress.steps == progress.epochs == 0
+    assert "already at or under the threshold 1.000" in progress.notes[0]
+    assert equal(model.state_dict(), before)
+
+
+def test_threshold_never_reached_keeps_the_best(taught):
+    model, _ = taught
+    scores = iter([0.9, 0.7, 0.5, 0.6, 0.8])
+    seen = []
+
+    def forget_score():
+        seen.append(weights(model))
+        return next(scores)
+
+    progress = run(taught, threshold=0.1, max_epochs=4, forget_score=forget_score)
+    assert progress.stopped_by == "max_epochs" and not progress.reached
+    assert progress.kept_epoch == 2
+    assert equal(model.state_dict(), seen[2])
+    assert "was not reached in 4 epochs; kept is epoch 2 with the lowest forget score, 0.500" in progress.notes[0]
+
+
+def test_a_run_that_diverges_keeps_the_best(taught):
+    model, _ = taught
+    before = weights(model)
+    progress = run(taught, learning_rate=1e30, max_epochs=3)
+    assert progress.stopped_by == "divergence"
+    assert any("the run diverged after step 1; kept is epoch 0" in note for note in progress.notes)
+    assert equal(model.state_dict(), before)
+
+
+def test_micro_batches_change_nothing(taught_folder):
+    from taught import load_taught
+
+    ends = []
+    for size in (None, 5):
+        model, encoder = load_taught(taught_folder)
+        model.double()
+        regularizer = SSIUURegularizer(model, relative_weight=10)
+        progress = run((model, encoder), regularizer=regularizer, max_epochs=4, threshold=0.0, micro_batch_size=size)
+        ends.append((model, progress))
+    (one, whole), (other, parts) = ends
+    assert whole.weight == pytest.approx(parts.weight, rel=1e-6)
+    assert whole.penalty_shares == pytest.approx(parts.penalty_shares, rel=1e-4)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_same_seed_gives_the_same_weights(taught_folder):
+    from taught import load_taught
+
+    ends = []
+    for seed in (0, 0, 1):
+        model, encoder = load_taught(taught_folder)
+        run((model, encoder), max_epochs=2, threshold=0.0, seed=seed)
+        ends.append(weights(model))
+    assert equal(ends[0], ends[1])
+    assert not equal(ends[0], ends[2])
+
+
+def test_the_penalty_is_in_the_log(taught):
+    model, _ = taught
+    rows = []
+    progress = run(taught, regularizer=SSIUURegularizer(model, relative_weight=30), log=rows.append, threshold=0.0, max_epochs=6)
+    steps = [row for row in rows if "penalty" in row]
+    assert len(steps) == progress.steps
+    # the first step has nothing stored, the next four calibrate
+    assert [row["penalty_share"] for row in steps[:5]] == [0] * 5
+    assert all(row["penalty_share"] > 0 for row in steps[5:])
+    assert progress.weight > 0
+    assert progress.penalty_share == pytest.approx(sum(row["penalty_share"] for row in steps) / len(steps))
+    assert {"negative_share", "underflows", "nonfinite", "weight", "gradient_norm"} <= steps[-1].keys()
+
+
+def test_a_penalty_too_small_to_act_is_said(taught):
+    model, _ = taught
+    progress = run(taught, regularizer=SSIUURegularizer(model, weight=1e-9), max_epochs=2, threshold=0.0)
+    assert any("too little to matter" in note for note in progress.notes)
+
+
+def test_a_run_that_ends_before_calibration_says_so(taught):
+    model, _ = taught
+    progress = run(taught, regularizer=SSIUURegularizer(model, relative_weight=30), max_epochs=1, threshold=0.0)
+    assert any("no penalty was ever applied" in note for note in progress.notes)
+
+
+def test_the_initial_reference_is_taken_before_the_first_step(taught, recwarn):
+    model, _ = taught
+    rows = []
+    regularizer = SSIUURegularizer(model, weight=1e3, reference="initial")
+    run(taught, regularizer=regularizer, log=rows.append, max_epochs=1, threshold=0.0)
+    assert rows[1]["penalty"] > 0
+    assert not [warning for warning in recwarn if "set_reference" in str(warning.message)]
+
+
+def test_bad_input(taught):
+    model, encoder = taught
+    forget = [encoder.encode(row) for row in small_task().forget]
+    common = {"learning_rate": 1e-3, "threshold": 0.3, "forget_score": lambda: 1.0}
+    with pytest.raises(ValueError, match="unknown objective 'gdd'; known: ga, gd"):
+        unlearn(model, forget, forget, objective="gdd", **common)
+    with pytest.raises(ValueError, match="the forget set is empty"):
+        unlearn(model, [], forget, objective="gd", **common)
+    with pytest.raises(ValueError, match="GD needs retain rows and there are none"):
+        unlearn(model, forget, [], objective="gd", **common)
