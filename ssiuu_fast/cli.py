@@ -13,8 +13,9 @@ COMMANDS = {
     "evaluate": ("evaluate", "EvaluateOptions"),
 }
 DESCRIPTION = (
-    "Unlearning that erases instead of hiding. `info` shows what was built and can run here; `demo` tells the whole story "
-    "on invented people; `memorize`, `unlearn`, `attack` and `evaluate` are its steps, for your own model and data."
+    "Unlearning that erases instead of hiding. `info` shows what was built and can run here; `demo` tells the whole "
+    "story on invented people; `memorize`, `unlearn`, `attack` and `evaluate` are its steps, for your own model and "
+    "data."
 )
 
 
@@ -44,21 +45,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parsed(arguments: list[str]):
     import jsonargparse
 
-    from ssiuu_fast import commands
+    from ssiuu_fast import commands, options
 
     parser = jsonargparse.ArgumentParser(prog="ssiuu-fast", description=DESCRIPTION)
     subcommands = parser.add_subcommands(dest="command")
-    for name, (function, options) in COMMANDS.items():
+    for name, (function, options_class) in COMMANDS.items():
         help_line = getattr(commands, function).__doc__
         subparser = jsonargparse.ArgumentParser(description=help_line)
         subparser.add_argument(
             "--config", action="config", help="YAML file with any of the options below; flags outdo it."
         )
-        subparser.add_class_arguments(getattr(commands, options))
+        subparser.add_class_arguments(getattr(options, options_class))
         subcommands.add_subcommand(name, subparser, help=help_line)
     subcommands.add_subcommand("info", jsonargparse.ArgumentParser(), help="What was built, and what can run here.")
     parsed = parser.parse_args(arguments)
-    function, options = COMMANDS[parsed.command]
+    function, options_class = COMMANDS[parsed.command]
     chosen = parsed[parsed.command].as_dict()
     chosen.pop("config")
-    return lambda: getattr(commands, function)(getattr(commands, options)(**chosen))
+    return lambda: getattr(commands, function)(getattr(options, options_class)(**chosen))

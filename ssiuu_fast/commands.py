@@ -1,11 +1,10 @@
-"""The commands of `ssiuu-fast`: a dataclass of options and a function each. cli.py reads the flags, this does the work."""
+"""The commands of `ssiuu-fast`. cli.py reads the flags, options.py explains them, this does the work."""
 
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -17,6 +16,14 @@ from ssiuu_fast.demo import run_demo
 from ssiuu_fast.evaluation import scores
 from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
 from ssiuu_fast.experiment import PEOPLE, TOFU, Recipe, Task, people_task, teach, tofu_task
+from ssiuu_fast.options import (
+    DEFAULT_RELATIVE_WEIGHT,
+    AttackOptions,
+    DemoOptions,
+    EvaluateOptions,
+    MemorizeOptions,
+    UnlearnOptions,
+)
 from ssiuu_fast.regularizer import SSIUURegularizer
 from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.runs import RunFolder
@@ -24,186 +31,8 @@ from ssiuu_fast.unlearning import unlearn
 
 # the learning rate at which the paper's models were taught TOFU; attacks take multiples of it
 PUBLISHED_TEACHING_RATE = 1e-5
-# METHOD, open point 5: where to start
-DEFAULT_RELATIVE_WEIGHT = 30.0
 TEACHING_FILE = "teaching.json"
 MODEL_FOLDER = "model"
-
-
-@dataclass
-class DemoOptions:
-    """What the demo runs on.
-
-    Args:
-        data: people (invented people, minutes on two cores) or tofu (forget01 with 360 other pairs, up to an hour).
-        tofu: folder or hub name of TOFU, for data=tofu.
-        instructions: instruction data of the benign attack: exercises (embedded), or a file or hub name of Alpaca's
-            form. Left open: exercises with people, tatsu-lab/alpaca with tofu.
-        seeds: unlearning runs of each method; a seed has its own order of rows and its own attack sets.
-        relative_weight: Ssiuu's penalty relative to the gradient at the start.
-        output: a new folder for everything that is written. Left open: runs/demo-<time>.
-        resume: folder of a stopped demo to go on with; its own options are used, and all others here are ignored.
-    """
-
-    data: Literal["people", "tofu"] = "people"
-    tofu: str = "locuslab/TOFU"
-    instructions: str | None = None
-    seeds: int = 3
-    relative_weight: float = DEFAULT_RELATIVE_WEIGHT
-    output: str | None = None
-    resume: str | None = None
-
-
-@dataclass
-class MemorizeOptions:
-    """What is memorised, and by which model.
-
-    Args:
-        data: people, people:SPLIT, TOFU-FOLDER:SPLIT, locuslab/TOFU:SPLIT, or a JSONL file.
-        output: a new folder; the model goes to its subfolder "model".
-        model: folder or hub name of a model to fine-tune. Left open: a small Llama of the sizes below, with a tokenizer
-            trained on the data.
-        learning_rate: constant, AdamW.
-        epochs: at most this many passes over the data.
-        batch_size: rows a step.
-        stop_at: stop as soon as the data's score reaches this; looked at every 5 epochs.
-        hidden_size: width of the small Llama.
-        layers: its blocks.
-        heads: its attention heads.
-        vocab_size: size of its tokenizer.
-        max_length: longest row in tokens; longer ones are cut.
-        seed: order of rows and initial weights.
-    """
-
-    data: str = "people"
-    output: str | None = None
-    model: str | None = None
-    learning_rate: float = 1e-3
-    epochs: int = 60
-    batch_size: int = 32
-    stop_at: float = 0.97
-    hidden_size: int = 128
-    layers: int = 4
-    heads: int = 4
-    vocab_size: int = 1024
-    max_length: int = 512
-    seed: int = 0
-
-
-@dataclass
-class UnlearnOptions:
-    """What is unlearned, by which method, and when to stop.
-
-    Args:
-        model: folder or hub name of the model.
-        forget: rows to forget: a JSONL file (question/answer, prompt/completion or messages), people:forget, or
-            TOFU-FOLDER:forget01.
-        retain: rows to keep, same forms. Without it only GA can run.
-        test: rows to measure retention on (RS); left open, the retain rows.
-        method: ssiuu (gd with the penalty), gd (gradient difference) or ga (gradient ascent). Left open: ssiuu, or ga
-            where there are no retain rows.
-        learning_rate: constant, AdamW. Take the lowest that reaches the threshold.
-        threshold: stop when the forget score is at or under this. Left open: chance for rows with options, the mean
-            ROUGE-L recall of mismatched pairs for the others.
-        max_epochs: passes over the forget rows at most.
-        batch_size: forget rows a step, and retain rows as many.
-        micro_batch_size: rows at once, to save memory; the result is the same.
-        weight: λ of the penalty, literally. Carries over from no other model.
-        relative_weight: penalty relative to the gradient at the start; 30 if neither this nor weight is given.
-        target: what the attribution is of: probability (the paper), log_probability or mean_token_probability (for
-            long answers, whose probability underflows).
-        reference: what attributions are compared with: previous step or initial weights.
-        one_sided: penalise only attributions below their reference.
-        every: penalise each k-th step only, k times as much.
-        style: how questions are put: chat template, plain "Question: … Answer:", or whichever the tokenizer has.
-        max_length: longest row in tokens; longer ones are cut.
-        dtype: weights in memory; auto is the checkpoint's.
-        device: cpu, cuda, cuda:1, …; left open, a GPU where there is one.
-        seed: order of rows.
-        output: a new folder; the model goes to its subfolder "model". Left open: runs/unlearn-<time>.
-    """
-
-    model: str
-    forget: str
-    retain: str | None = None
-    test: str | None = None
-    method: Literal["ssiuu", "gd", "ga"] | None = None
-    learning_rate: float = 1e-5
-    threshold: float | None = None
-    max_epochs: int = 20
-    batch_size: int = 16
-    micro_batch_size: int | None = None
-    weight: float | None = None
-    relative_weight: float | None = None
-    target: Literal["probability", "log_probability", "mean_token_probability"] = "probability"
-    reference: Literal["previous", "initial"] = "previous"
-    one_sided: bool = False
-    every: int = 1
-    style: Literal["auto", "chat", "plain"] = "auto"
-    max_length: int = 512
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    seed: int = 0
-    output: str | None = None
-
-
-@dataclass
-class AttackOptions:
-    """Which model is attacked, and how.
-
-    Args:
-        model: folder or hub name of the unlearned model. It is not changed.
-        forget: the rows that it was to forget, in the forms that unlearn takes.
-        harmful: fractions of the forget rows to retrain on; an empty list leaves the harmful attack out.
-        instructions: instruction data of the benign attack: exercises (embedded), a file or hub name of Alpaca's form,
-            or none to leave it out.
-        taught_at: learning rate that taught the model; attacks take multiples of it. Left open: what memorize noted in
-            the model's folder, else 1e-5.
-        seeds: attacks of each kind, each with its own draw of rows.
-        style: see unlearn.
-        max_length: see unlearn.
-        dtype: see unlearn.
-        device: see unlearn.
-        output: a new folder. Left open: runs/attack-<time>.
-    """
-
-    model: str
-    forget: str
-    harmful: list[float] = field(default_factory=lambda: [0.1, 0.3])
-    instructions: str = "exercises"
-    taught_at: float | None = None
-    seeds: int = 3
-    style: Literal["auto", "chat", "plain"] = "auto"
-    max_length: int = 512
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    output: str | None = None
-
-
-@dataclass
-class EvaluateOptions:
-    """Which model is scored on what.
-
-    Args:
-        model: folder or hub name of the model.
-        data: rows to score, in the forms that unlearn takes.
-        score: auto (rows with options by log-prob multiple choice, others by ROUGE-L recall), log_prob or generated
-            (multiple choice in either form), or rouge.
-        style: see unlearn.
-        max_length: see unlearn.
-        dtype: see unlearn.
-        device: see unlearn.
-        output: a new folder. Left open: runs/evaluate-<time>.
-    """
-
-    model: str
-    data: str
-    score: Literal["auto", "log_prob", "generated", "rouge"] = "auto"
-    style: Literal["auto", "chat", "plain"] = "auto"
-    max_length: int = 512
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str | None = None
-    output: str | None = None
 
 
 def demo(options: DemoOptions) -> None:
@@ -254,7 +83,8 @@ def memorize(options: MemorizeOptions) -> None:
     print(table(["memorised", "score", "epochs"], [[options.data, f"{taught['score']:.3f}", str(taught["epochs"])]]))
     if taught["score"] < options.stop_at:
         print(
-            f"the score {options.stop_at:g} was not reached in {options.epochs} epochs: raise epochs, or the model's size"
+            f"the score {options.stop_at:g} was not reached in {options.epochs} epochs: raise epochs, or the model's "
+            "size"
         )
     print(f"model: {run.file(MODEL_FOLDER)}")
 
@@ -423,7 +253,8 @@ def _noted_teaching_rate(model: str) -> float:
     if noted.exists():
         return json.loads(noted.read_text(encoding="utf-8"))["learning_rate"]
     print(
-        f"no {TEACHING_FILE} in {model}: attacking at multiples of {PUBLISHED_TEACHING_RATE:g}; set taught_at for another"
+        f"no {TEACHING_FILE} in {model}: attacking at multiples of {PUBLISHED_TEACHING_RATE:g}; set taught_at for "
+        "another"
     )
     return PUBLISHED_TEACHING_RATE
 

@@ -37,7 +37,8 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     disable_progress_bar()
     taught = _memorised(task, recipe, run)
     print(
-        f"the model ({taught['parameters'] / 1e6:.1f} M parameters) knows {taught['score']:.0%} of what it is to forget "
+        f"the model ({taught['parameters'] / 1e6:.1f} M parameters) knows {taught['score']:.0%} of what it is to "
+        "forget "
         f"after {taught['epochs']} epochs at learning rate {taught['learning_rate']:g}"
     )
     jobs = [(method, seed) for seed in range(seeds) for method in (*METHODS, BEFORE)]
@@ -58,7 +59,8 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     }
     grouped_bars(run.file("recovery.png"), COLUMNS, scores, chance=task.chance, title="what retraining brings back")
     print(
-        f"\n{text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png, a JSON file and a model for each run"
+        f"\n{text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png, a JSON file and a model for each "
+        "run"
     )
     return rows
 
@@ -83,8 +85,10 @@ def report(rows: list[dict]) -> str:
         [
             table(header, lines),
             "",
-            "FS: what is left of the forget set (lower is better). RS: what is left of held-out rows (higher is better).",
-            "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it; benign: on the",
+            "FS: what is left of the forget set (lower is better). RS: what is left of held-out rows (higher is "
+            "better).",
+            "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it; benign: "
+            "on the",
             "forget set while retraining on unrelated instructions (lower is better).",
             "",
             *verdicts,
@@ -100,7 +104,7 @@ def _memorised(task: Task, recipe: Recipe, run: RunFolder) -> dict:
 
 
 def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunFolder) -> dict[tuple[str, int], dict]:
-    """One process a core and one thread a process: small models gain nothing from more threads. On a GPU, one process."""
+    """One process a core, one thread a process: small models gain nothing from more threads. On a GPU, one process."""
     if not jobs:
         return {}
     workers = 1 if torch.cuda.is_available() else min(len(jobs), len(os.sched_getaffinity(0)))

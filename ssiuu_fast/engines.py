@@ -50,7 +50,8 @@ def refuse_sharded(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None
             )
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
-                f"{name} is a DTensor (FSDP2 or tensor parallel): sharded parameters are not built yet. Run in one process"
+                f"{name} is a DTensor (FSDP2 or tensor parallel): sharded parameters are not built yet. Run in one "
+                "process"
             )
 
 
@@ -99,7 +100,8 @@ def target_gradients(
         raise RuntimeError(REENTRANT_REMEDY)
     if all(missing):
         raise RuntimeError(
-            f"0 of {len(parameters)} regularised parameters are in this graph: was the model wrapped, sharded or frozen "
+            f"0 of {len(parameters)} regularised parameters are in this graph: was the model wrapped, sharded or "
+            "frozen "
             "after the regulariser was built?"
         )
     return _separate(gradients)

@@ -95,7 +95,7 @@ def tofu_task(source: str, instructions: str) -> Task:
 
 
 def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True) -> dict:
-    """Trains a small Llama with a tokenizer of its own until it knows the forget set; saves it as a Hugging Face folder.
+    """Trains a small Llama with its own tokenizer until it knows the forget set; saves it as a Hugging Face folder.
 
     Returns what was measured: forget score, epochs, parameters.
     """
@@ -160,9 +160,9 @@ def teach(
 def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path, run: RunFolder, say: Say) -> dict:
     """One row of the table: unlearns a fresh copy of the taught model by `method` and attacks what is left.
 
-    "before" attacks the taught model itself, without the pool rule, which leaves nothing to score there. Everything that
-    was measured goes to <method>-<seed>.json in the run's folder, every step to <method>-<seed>.steps.jsonl, the model to
-    a folder of that name.
+    "before" attacks the taught model itself, without the pool rule, which would leave nothing to score. Everything
+    that was measured goes to <method>-<seed>.json in the run's folder, every step to <method>-<seed>.steps.jsonl, the
+    model to a folder of that name.
     """
     name = f"{method}-{seed}"
     model, tokenizer = models.load(taught)
@@ -174,7 +174,8 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
         )
         models.save(model, tokenizer, run.file(name))
         say(
-            f"{method}, seed {seed}: forget score {details['scores'][0]:.2f} → {details['scores'][-1]:.2f} in {details['epochs']} epochs"
+            f"{method}, seed {seed}: forget score {details['scores'][0]:.2f} → {details['scores'][-1]:.2f} in "
+            f"{details['epochs']} epochs"
         )
         for note in details["notes"]:
             say(f"  {method}, seed {seed}: {note}")

@@ -12,7 +12,8 @@ def text() -> str:
     """The report of `ssiuu-fast info`, a line a fact."""
     lines = [
         f"ssiuu-fast {ssiuu_fast.__version__}",
-        f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}",
+        f"python {platform.python_version()}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"{platform.machine()}",
         "backends:",
     ]
     lines += [

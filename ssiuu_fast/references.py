@@ -29,7 +29,8 @@ class References:
         elif samples != self.samples and not self._warned:
             self._warned = True
             warnings.warn(
-                f"a step of {samples} forget samples is compared with a reference over {self.samples}: attributions are "
+                f"a step of {samples} forget samples is compared with a reference over {self.samples}: attributions "
+                "are "
                 "sums over the batch, so give every step the same number (drop_last, or a sampler that wraps around)",
                 stacklevel=4,
             )

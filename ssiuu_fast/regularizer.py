@@ -166,7 +166,7 @@ class SSIUURegularizer:
         return self._add_penalty(batch)
 
     def set_reference(self, log_prob_batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
-        """Takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the whole forget set at the starting weights (reference="initial").
+        """reference="initial": takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the forget set at the starting weights.
 
         log_prob_batches: one pass over the forget set; each item a [B] tensor of live log-probs, or with
         target="mean_token_probability" a pair (log_probs, token_counts). Each graph is freed after use. n is the
@@ -234,7 +234,7 @@ class SSIUURegularizer:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Takes up a saved state. Raises ValueError, and changes nothing, where it is of other settings or parameters."""
+        """Takes up a saved state. One of other settings or parameters raises ValueError and changes nothing."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"state version {state.get('version')!r} can't be read: this package writes {STATE_VERSION}"
@@ -347,7 +347,8 @@ def _refuse_other_parameters(parameters: NamedParameters, saved: dict[str, Tenso
     if missing or unknown:
         example = min(missing or unknown)
         raise ValueError(
-            f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its own "
+            f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its "
+            "own "
             f"are unknown here, {example!r} for one"
         )
     for name, parameter in parameters.items():

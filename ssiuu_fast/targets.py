@@ -24,7 +24,7 @@ def target_sum(log_probs: Tensor, target: str, token_counts: Tensor | None = Non
 
 
 def check_log_probs(log_probs: Tensor, target: str, token_counts: Tensor | None) -> None:
-    """Raises ValueError unless log_probs are [B ≥ 1] live, sound numbers with the token counts that the target needs."""
+    """Raises ValueError unless log_probs are [B ≥ 1] live, sound numbers with the token counts the target needs."""
     if log_probs.dim() != 1:
         raise ValueError(f"log_probs must be one number a sample, shape [B], got {list(log_probs.shape)}")
     if not log_probs.numel():

@@ -15,7 +15,7 @@ CLIP_NORM = 1.0
 
 
 def new_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.999) and no weight decay, over the parameters that require grad (METHOD, open point 8)."""
+    """AdamW with betas (0.9, 0.999) and no weight decay, over the parameters that require grad."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("no parameter of the model requires grad: unfreeze what is to be trained")

@@ -79,7 +79,7 @@ def unlearn(
     step and one an evaluation. A run that never reaches the threshold, or whose gradient stops being a number, ends
     with the weights of its lowest score, and says so in `notes`.
 
-    Raises ValueError for an unknown objective, an empty forget set, or an objective that needs retain rows and has none.
+    Raises ValueError for an unknown objective, an empty forget set, or an objective without the retain rows it needs.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
@@ -252,7 +252,8 @@ def _notes(progress: Progress, regularizer: SSIUURegularizer | None, sixteen_bit
     if progress.stopped_by == "max_epochs":
         notes.append(
             f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs} epochs; kept is epoch "
-            f"{progress.kept_epoch} with the lowest forget score, {min(progress.scores):.3f}. Raise the learning rate or "
+            f"{progress.kept_epoch} with the lowest forget score, {min(progress.scores):.3f}. Raise the learning rate "
+            "or "
             "max_epochs"
         )
     if progress.stopped_by == "divergence":
@@ -268,7 +269,8 @@ def _notes(progress: Progress, regularizer: SSIUURegularizer | None, sixteen_bit
         )
     elif progress.penalty_share < SMALL_SHARE:
         notes.append(
-            f"the penalty was {progress.penalty_share:.1e} of the gradient on average: too little to matter, this run is the "
+            f"the penalty was {progress.penalty_share:.1e} of the gradient on average: too little to matter, this run "
+            "is the "
             "objective alone in all but name. Raise weight, or use relative_weight (30 is where to start)"
         )
         if sixteen_bit and progress.penalty_share < SWALLOWED_SHARE:

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from taught import small_task
 
 from ssiuu_fast.cli import main
-from taught import small_task
 
 
 def write(path, examples):
@@ -44,13 +44,24 @@ def test_unlearn_by_ssiuu_then_attack_then_evaluate(taught_folder, files, tmp_pa
     assert (output / "steps.jsonl").exists()
 
     attacked = tmp_path / "attack"
-    flags = ["--model", str(output / "model"), "--forget", files["forget"], "--harmful", "[0.3]", "--instructions", "none"]
+    flags = [
+        "--model",
+        str(output / "model"),
+        "--forget",
+        files["forget"],
+        "--harmful",
+        "[0.3]",
+        "--instructions",
+        "none",
+    ]
     assert main(["attack", *flags, "--seeds", "1", "--taught_at", "1e-3", "--output", str(attacked)]) == 0
     assert "harmful_0.3" in capsys.readouterr().out
     assert json.loads((attacked / "results.json").read_text())[0]["trained_on"] == 3
 
     evaluated = tmp_path / "evaluate"
-    assert main(["evaluate", "--model", str(output / "model"), "--data", files["forget"], "--output", str(evaluated)]) == 0
+    assert (
+        main(["evaluate", "--model", str(output / "model"), "--data", files["forget"], "--output", str(evaluated)]) == 0
+    )
     mean = json.loads((evaluated / "results.json").read_text())["mean"]
     assert mean == pytest.approx(results["after"][0])
 
@@ -65,7 +76,9 @@ def test_no_retain_file_means_ga_and_it_says_why(taught_folder, files, tmp_path,
 
 def test_options_from_yaml_with_flags_on_top(taught_folder, files, tmp_path, capsys):
     config = tmp_path / "unlearn.yaml"
-    config.write_text(f"model: {taught_folder}\nforget: {files['forget']}\nretain: {files['retain']}\nmax_epochs: 1\nseed: 7\n")
+    config.write_text(
+        f"model: {taught_folder}\nforget: {files['forget']}\nretain: {files['retain']}\nmax_epochs: 1\nseed: 7\n"
+    )
     flags = ["--config", str(config), "--seed", "8", "--method", "gd", "--output", str(tmp_path / "run")]
     assert main(["unlearn", *flags]) == 0
     options = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
@@ -86,7 +99,18 @@ def test_options_from_yaml_with_flags_on_top(taught_folder, files, tmp_path, cap
         (["--model", "{model}", "--forget", "{broken}"], "broken.jsonl, line 2: "),
         (["--model", "{model}", "--forget", "{empty}"], "empty"),
         (
-            ["--model", "{model}", "--forget", "{forget}", "--retain", "{retain}", "--weight", "1", "--relative_weight", "1"],
+            [
+                "--model",
+                "{model}",
+                "--forget",
+                "{forget}",
+                "--retain",
+                "{retain}",
+                "--weight",
+                "1",
+                "--relative_weight",
+                "1",
+            ],
             "not both",
         ),
     ],
@@ -110,7 +134,18 @@ def test_an_existing_output_is_refused(taught_folder, files, tmp_path, capsys):
 
 
 def test_memorize_makes_a_model_that_knows(files, tmp_path, capsys):
-    sizes = ["--hidden_size", "48", "--layers", "2", "--vocab_size", "400", "--learning_rate", "5e-3", "--batch_size", "16"]
+    sizes = [
+        "--hidden_size",
+        "48",
+        "--layers",
+        "2",
+        "--vocab_size",
+        "400",
+        "--learning_rate",
+        "5e-3",
+        "--batch_size",
+        "16",
+    ]
     flags = ["--data", files["forget"], "--epochs", "60", "--stop_at", "0.8", "--output", str(tmp_path / "run"), *sizes]
     assert main(["memorize", *flags]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from taught import RECIPE, small_task
 
 from ssiuu_fast import demo
 from ssiuu_fast.demo import report, run_demo
 from ssiuu_fast.runs import RunFolder
-from taught import RECIPE, small_task
 
 KEYS = {"method", "seed", "FS", "RS", "harmful_0.1", "harmful_0.3", "benign", "penalty_share"}
 
@@ -36,7 +36,15 @@ def test_results_are_rows_of_one_form(finished):
 def test_the_folder_holds_everything(finished):
     run, _ = finished
     names = {path.name for path in run.path.iterdir()}
-    assert {"config.json", "results.json", "table.md", "recovery.png", "recovery.csv", "memorised", "memorised.json"} <= names
+    assert {
+        "config.json",
+        "results.json",
+        "table.md",
+        "recovery.png",
+        "recovery.csv",
+        "memorised",
+        "memorised.json",
+    } <= names
     assert {"GD-0", "GD-0.json", "GD-0.steps.jsonl", "Ssiuu-0", "Ssiuu-0.json", "Ssiuu-0.steps.jsonl"} <= names
     config = run.read_json("config.json")
     assert config["command"] == "demo"
@@ -74,7 +82,10 @@ def rows_of(gd, ssiuu):
     names = ("FS", "RS", "harmful_0.1", "harmful_0.3", "benign")
     rows = [{"method": "before", "seed": 0} | dict.fromkeys(names, 1.0) | {"penalty_share": 0.0}]
     for method, values in (("GD", gd), ("Ssiuu", ssiuu)):
-        rows += [{"method": method, "seed": s} | dict.fromkeys(names, v) | {"penalty_share": 0.5} for s, v in enumerate(values)]
+        rows += [
+            {"method": method, "seed": s} | dict.fromkeys(names, v) | {"penalty_share": 0.5}
+            for s, v in enumerate(values)
+        ]
     return [*rows, {"method": "chance", "seed": None} | dict.fromkeys(names, 0.33) | {"penalty_share": 0.0}]
 
 

@@ -6,10 +6,10 @@ import warnings
 
 import pytest
 import torch
+from tiny import batch, log_probs_of, part, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer, answer_token_counts
-from tiny import batch, log_probs_of, part, tiny_llama
 
 # with every=2 the second regularised step is the third
 STEPS = 3
@@ -32,14 +32,22 @@ def block_weights(model):
     return {name: p for name, p in model.named_parameters() if "_proj.weight" in name}
 
 
-def algorithm_1(model, batches, *, weight, target="probability", reference="previous", one_sided=False, every=1, initial=None):
+def algorithm_1(
+    model, batches, *, weight, target="probability", reference="previous", one_sided=False, every=1, initial=None
+):
     """The gradient of every parameter in every step, R too; plain SGD between the steps."""
     chosen = block_weights(model)
     stored = initial
     gradients, penalties = [], []
     for step, rows in enumerate(batches):
         counts = answer_token_counts(rows["labels"])
-        loss = dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss_of(model, rows), list(model.parameters())), strict=True))
+        loss = dict(
+            zip(
+                dict(model.named_parameters()),
+                torch.autograd.grad(loss_of(model, rows), list(model.parameters())),
+                strict=True,
+            )
+        )
         penalty = 0.0
         if step % every == 0:
             g = torch.autograd.grad(target_of(log_probs_of(model, rows), counts, target), list(chosen.values()))

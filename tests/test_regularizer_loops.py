@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
+from tiny import batch, log_probs_of, part, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer, answer_token_counts
-from tiny import batch, log_probs_of, part, tiny_llama
 
 WEIGHT = 1e6
 
@@ -130,7 +130,9 @@ def test_shared_frozen_and_unused_parameters():
         g = torch.autograd.grad(model(x, extra).exp().sum(), chosen)
         regularizer.backward(model(x, extra))
         assert frozen.grad is None
-        attributions = dict(zip(chosen, (p.detach() * gradient for p, gradient in zip(chosen, g, strict=True)), strict=True))
+        attributions = dict(
+            zip(chosen, (p.detach() * gradient for p, gradient in zip(chosen, g, strict=True)), strict=True)
+        )
         for p, gradient in zip(chosen, g, strict=True):
             a = attributions[p]
             # before the first step there is no reference; a parameter outside the last step's graph had A = 0

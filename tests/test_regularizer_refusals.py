@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tiny import batch, log_probs_of, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer
-from tiny import batch, log_probs_of, tiny_llama
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_wrappers_that_hide_the_gradient():
 
 
 def test_sharded_parameters(tmp_path):
-    from torch.distributed.fsdp import fully_shard
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -192,7 +192,9 @@ def test_sharded_parameters(tmp_path):
 
 def test_modules_that_overwrite_saved_tensors():
     model = tiny_llama()
-    swiglu = type("LigerSwiGLUMLP", (type(model.model.layers[0].mlp),), {"__module__": "liger_kernel.transformers.swiglu"})
+    swiglu = type(
+        "LigerSwiGLUMLP", (type(model.model.layers[0].mlp),), {"__module__": "liger_kernel.transformers.swiglu"}
+    )
     model.model.layers[0].mlp.__class__ = swiglu
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp \(LigerSwiGLUMLP\) comes from liger_kernel"):
         SSIUURegularizer(model)

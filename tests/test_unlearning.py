@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from taught import small_task
 
 from ssiuu_fast import SSIUURegularizer
 from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.unlearning import unlearn
-from taught import small_task
 
 
 def run(taught, *, objective="gd", threshold=0.33, **options):
@@ -126,7 +126,9 @@ def test_the_same_seed_gives_the_same_weights(taught_folder):
 def test_the_penalty_is_in_the_log(taught):
     model, _ = taught
     rows = []
-    progress = run(taught, regularizer=SSIUURegularizer(model, relative_weight=30), log=rows.append, threshold=0.0, max_epochs=6)
+    progress = run(
+        taught, regularizer=SSIUURegularizer(model, relative_weight=30), log=rows.append, threshold=0.0, max_epochs=6
+    )
     steps = [row for row in rows if "penalty" in row]
     assert len(steps) == progress.steps
     # the first step has nothing stored, the next four calibrate

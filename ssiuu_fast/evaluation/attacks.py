@@ -75,7 +75,8 @@ def harmful_attack(
     count = max(1, round(fraction * len(forget)))
     if count >= len(pool):
         raise ValueError(
-            f"a harmful attack with {fraction:g} of {len(forget)} forget rows trains on {count}, and only {len(pool)} are in its "
+            f"a harmful attack with {fraction:g} of {len(forget)} forget rows trains on {count}, and only {len(pool)} "
+            "are in its "
             "pool: none would be left to score. Has the model forgotten enough, and is the forget set large enough?"
         )
     random.Random(f"harmful {fraction} {seed}").shuffle(pool)

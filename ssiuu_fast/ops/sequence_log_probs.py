@@ -41,7 +41,7 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, ignore_index: int = -100)
 
 
 def answer_token_counts(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Number of answer tokens of each sample that `sequence_log_probs` sums over: #{t ≥ 1 : labels[b, t] ≠ ignore_index}.
+    """Answer tokens of each sample that `sequence_log_probs` sums over: #{t ≥ 1 : labels[b, t] ≠ ignore_index}.
 
     labels: [B, T]. Returns [B] int64.
     """

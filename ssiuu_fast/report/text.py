@@ -30,5 +30,6 @@ def comparison(name: str, ours: Sequence[float], other_name: str, other: Sequenc
     difference = statistics.mean(ours) - statistics.mean(other)
     spread = max(statistics.stdev(values) if len(values) > 1 else 0.0 for values in (ours, other))
     if abs(difference) <= spread:
-        return f"{name} and {other_name} do not differ by more than the spread between seeds ({difference:+.2f}, sd {spread:.2f})"
+        note = f"({difference:+.2f}, sd {spread:.2f})"
+        return f"{name} and {other_name} do not differ by more than the spread between seeds {note}"
     return f"{name} recovers {abs(difference):.2f} {'less' if difference < 0 else 'MORE'} than {other_name}"

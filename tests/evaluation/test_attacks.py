@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from taught import small_task
 
 from ssiuu_fast.evaluation import attacks
 from ssiuu_fast.evaluation.attacks import benign_attack, harmful_attack, restored
 from ssiuu_fast.evaluation.scores import Scores
-from taught import small_task
 
 
 @pytest.fixture

@@ -23,9 +23,10 @@ template <class Value, class Flag> struct PenaltyTerms {
 
 // Value is a number, or a vector of numbers in the compilers' notation (Flag is then a vector of 0 and −1).
 // `bound` chooses the variant: d counts where A − A^ref < bound.
-// +infinity: both directions, 0: one-sided, −infinity: nothing (the first step).
+// +infinity: both directions, 0: one-sided, −infinity: nothing (the first step). Bounded = false leaves the test out,
+// where it is +infinity.
 // `limit` is the largest finite value that both the arithmetic and the reference can hold.
-template <class Value>
+template <bool Bounded, class Value>
 SSIUU_ELEMENTWISE auto penalty_terms(Value gradient, Value parameter, Value reference, Value bound, Value limit) {
     const Value zero = Value{};
     const Value attribution = parameter * gradient;
@@ -36,7 +37,7 @@ SSIUU_ELEMENTWISE auto penalty_terms(Value gradient, Value parameter, Value refe
     const Value decisive = below ? gap : attribution;
     const Flag finite = (decisive <= limit) & (decisive >= -limit);
     const Flag negative = finite & below;
-    const Flag punished = negative & (gap < bound);
+    const Flag punished = Bounded ? Flag(negative & (gap < bound)) : negative;
     return PenaltyTerms<Value, Flag>{
         finite ? attribution : reference, punished ? gap : zero, punished ? gradient : zero, finite, negative};
 }
