@@ -15,7 +15,17 @@ from ssiuu_fast.data.sources import load_examples, load_instructions
 from ssiuu_fast.demo import run_demo
 from ssiuu_fast.evaluation import scores
 from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
-from ssiuu_fast.experiment import PEOPLE, TOFU, Recipe, Task, people_task, teach, tofu_task
+from ssiuu_fast.experiment import (
+    INITIALIZER_RANGE,
+    PEOPLE,
+    TOFU,
+    Recipe,
+    Task,
+    people_task,
+    teach,
+    templated,
+    tofu_task,
+)
 from ssiuu_fast.options import (
     DEFAULT_RELATIVE_WEIGHT,
     AttackOptions,
@@ -51,9 +61,7 @@ def memorize(options: MemorizeOptions) -> None:
     """Train a model to know a data set, so that there is something to unlearn."""
     rows = load_examples(options.data)
     if options.model is None:
-        tokenizer = models.train_tokenizer(
-            [text for row in rows for text in (row.prompt, row.answer)], options.vocab_size
-        )
+        tokenizer = models.train_tokenizer(templated(rows), options.vocab_size)
         model = models.new_llama(
             tokenizer,
             options.hidden_size,
@@ -61,6 +69,7 @@ def memorize(options: MemorizeOptions) -> None:
             options.heads,
             max_positions=options.max_length,
             seed=options.seed,
+            initializer_range=INITIALIZER_RANGE,
         )
     else:
         model, tokenizer = models.load(options.model)

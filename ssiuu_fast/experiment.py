@@ -1,13 +1,13 @@
 """The whole story on one data set: teach a model, let it forget by GD and by Ssiuu, attack both by retraining."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ssiuu_fast import models
 from ssiuu_fast.data import people, tofu
 from ssiuu_fast.data.collate import Encoder
-from ssiuu_fast.data.example import Example, refuse_overlap
+from ssiuu_fast.data.example import Example, Split, refuse_overlap
 from ssiuu_fast.data.sources import load_instructions
 from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
 from ssiuu_fast.evaluation.scores import default_threshold, score
@@ -22,28 +22,24 @@ COLUMNS = ("FS", "RS", *ATTACKS)
 BEFORE, METHODS, CHANCE = "before", ("GD", "Ssiuu"), "chance"
 # METHOD: the paper's threshold on TOFU forget01
 TOFU_THRESHOLD = 0.1971
+# three times the usual: models this small then learn facts in half the epochs
+INITIALIZER_RANGE = 0.06
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is forgotten, retained (shown while unlearning) and tested (not shown); all three are memorised first.
+    """What is unlearned, and by what it is judged.
 
-    instructions: for the benign attack. threshold: the forget score at which unlearning stops. chance: the score of a
-    model that knows nothing of it.
+    split: forgotten, retained and tested rows, all memorised first. instructions: for the benign attack. threshold: the
+    forget score at which unlearning stops. chance: the score of a model that knows nothing of it.
     """
 
-    forget: list[Example]
-    retain: list[Example]
-    test: list[Example]
+    split: Split
     instructions: list[Example]
     threshold: float
     chance: float
-
-    @property
-    def memorised(self) -> list[Example]:
-        return [*self.forget, *self.retain, *self.test]
 
 
 @dataclass(frozen=True)
@@ -84,14 +80,13 @@ def people_task(instructions: str = "exercises") -> Task:
     """The embedded default: invented people, multiple choice by log-prob."""
     split = people.generate().split()
     threshold = default_threshold(split.forget)
-    return Task(split.forget, split.retain, split.test, load_instructions(instructions), threshold, chance=1 / 3)
+    return Task(split, load_instructions(instructions), threshold, chance=1 / 3)
 
 
 def tofu_task(source: str, instructions: str) -> Task:
     """forget01 with 280 retain rows and 80 test rows, ROUGE-L recall, the paper's threshold."""
     split = tofu.subset(source)
-    chance = default_threshold(split.forget)
-    return Task(split.forget, split.retain, split.test, load_instructions(instructions), TOFU_THRESHOLD, chance)
+    return Task(split, load_instructions(instructions), TOFU_THRESHOLD, chance=default_threshold(split.forget))
 
 
 def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True) -> dict:
@@ -99,17 +94,21 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
 
     Returns what was measured: forget score, epochs, parameters.
     """
-    texts = [text for row in (*task.memorised, *task.instructions) for text in (row.prompt, row.answer)]
-    tokenizer = models.train_tokenizer(texts, recipe.vocab_size)
+    tokenizer = models.train_tokenizer(templated((*task.split.memorised, *task.instructions)), recipe.vocab_size)
     model = models.new_llama(
-        tokenizer, recipe.hidden_size, recipe.layers, recipe.heads, max_positions=recipe.max_positions
+        tokenizer,
+        recipe.hidden_size,
+        recipe.layers,
+        recipe.heads,
+        max_positions=recipe.max_positions,
+        initializer_range=INITIALIZER_RANGE,
     )
     encoder = Encoder(tokenizer, max_length=recipe.max_positions)
     taught = teach(
         model,
         encoder,
-        task.memorised,
-        task.forget,
+        task.split.memorised,
+        task.split.forget,
         learning_rate=recipe.teaching_rate,
         epochs=recipe.teaching_epochs,
         batch_size=recipe.teaching_batch_size,
@@ -119,6 +118,11 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
     )
     models.save(model, tokenizer, folder)
     return taught | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def templated(rows: Iterable[Example]) -> Iterator[str]:
+    """The texts as the plain prompt shows them, so that a tokenizer trained on them knows its words."""
+    return (f"Question: {row.prompt}\nAnswer: {row.answer}" for row in rows)
 
 
 def teach(
@@ -180,8 +184,8 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
         for note in details["notes"]:
             say(f"  {method}, seed {seed}: {note}")
     row = {"method": method, "seed": seed}
-    row["FS"] = score(model, encoder, task.forget, max_new_tokens=recipe.max_new_tokens).mean
-    row["RS"] = score(model, encoder, task.test, max_new_tokens=recipe.max_new_tokens).mean
+    row["FS"] = score(model, encoder, task.split.forget, max_new_tokens=recipe.max_new_tokens).mean
+    row["RS"] = score(model, encoder, task.split.test, max_new_tokens=recipe.max_new_tokens).mean
     attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=method != BEFORE)
     row |= {attack.name: attack.recovered for attack in attacks}
     row["penalty_share"] = details.get("penalty_share", 0.0)
@@ -195,16 +199,16 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
 
 def unlearn_task(model, encoder: Encoder, method: str, seed: int, task: Task, recipe: Recipe, *, log=None) -> dict:
     """GD, alone or with the penalty, at the same learning rate, budget and early stop."""
-    refuse_overlap(task.forget, task.retain)
+    refuse_overlap(task.split.forget, task.split.retain)
     regularizer = SSIUURegularizer(model, relative_weight=recipe.relative_weight) if method == "Ssiuu" else None
     progress = unlearn(
         model,
-        [encoder.encode(row) for row in task.forget],
-        [encoder.encode(row) for row in task.retain],
+        [encoder.encode(row) for row in task.split.forget],
+        [encoder.encode(row) for row in task.split.retain],
         objective="gd",
         learning_rate=recipe.unlearning_rate,
         threshold=task.threshold,
-        forget_score=lambda: score(model, encoder, task.forget, max_new_tokens=recipe.max_new_tokens).mean,
+        forget_score=lambda: score(model, encoder, task.split.forget, max_new_tokens=recipe.max_new_tokens).mean,
         regularizer=regularizer,
         max_epochs=recipe.max_epochs,
         batch_size=recipe.batch_size,
@@ -217,6 +221,7 @@ def unlearn_task(model, encoder: Encoder, method: str, seed: int, task: Task, re
 def attack_task(model, encoder: Encoder, seed: int, task: Task, recipe: Recipe, *, only_wrong: bool) -> list[Attack]:
     common = {"taught_at": recipe.teaching_rate, "seed": seed, "max_new_tokens": recipe.max_new_tokens}
     harmful = [
-        harmful_attack(model, encoder, task.forget, fraction, only_wrong=only_wrong, **common) for fraction in FRACTIONS
+        harmful_attack(model, encoder, task.split.forget, fraction, only_wrong=only_wrong, **common)
+        for fraction in FRACTIONS
     ]
-    return [*harmful, benign_attack(model, encoder, task.forget, task.instructions, **common)]
+    return [*harmful, benign_attack(model, encoder, task.split.forget, task.instructions, **common)]

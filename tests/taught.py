@@ -23,7 +23,7 @@ RECIPE = replace(
 
 def small_task() -> Task:
     split = people.generate(10).split(forget_people=3, retain_people=5)
-    return Task(split.forget, split.retain, split.test, people.instructions(40), threshold=0.33, chance=1 / 3)
+    return Task(split, people.instructions(40), threshold=0.33, chance=1 / 3)
 
 
 def teach_into(folder):

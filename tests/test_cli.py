@@ -19,9 +19,9 @@ def write(path, examples):
 def files(tmp_path):
     task = small_task()
     return {
-        "forget": write(tmp_path / "forget.jsonl", task.forget[:10]),
-        "retain": write(tmp_path / "retain.jsonl", task.retain),
-        "test": write(tmp_path / "test.jsonl", task.test),
+        "forget": write(tmp_path / "forget.jsonl", task.split.forget[:10]),
+        "retain": write(tmp_path / "retain.jsonl", task.split.retain),
+        "test": write(tmp_path / "test.jsonl", task.split.test),
     }
 
 

@@ -15,11 +15,11 @@ def run(taught, *, objective="gd", threshold=0.33, **options):
     settings = {"learning_rate": 1e-3, "max_epochs": 20} | options
     return unlearn(
         model,
-        [encoder.encode(row) for row in task.forget],
-        [encoder.encode(row) for row in task.retain] if objective != "ga" else None,
+        [encoder.encode(row) for row in task.split.forget],
+        [encoder.encode(row) for row in task.split.retain] if objective != "ga" else None,
         objective=objective,
         threshold=threshold,
-        forget_score=settings.pop("forget_score", lambda: score(model, encoder, task.forget).mean),
+        forget_score=settings.pop("forget_score", lambda: score(model, encoder, task.split.forget).mean),
         **settings,
     )
 
@@ -55,7 +55,7 @@ def test_gradient_difference_keeps_more_than_ascent(taught_folder):
     for objective in ("ga", "gd"):
         model, encoder = load_taught(taught_folder)
         run((model, encoder), objective=objective)
-        kept[objective] = score(model, encoder, small_task().retain).mean
+        kept[objective] = score(model, encoder, small_task().split.retain).mean
     assert kept["gd"] > kept["ga"]
 
 
@@ -162,7 +162,7 @@ def test_the_initial_reference_is_taken_before_the_first_step(taught, recwarn):
 
 def test_bad_input(taught):
     model, encoder = taught
-    forget = [encoder.encode(row) for row in small_task().forget]
+    forget = [encoder.encode(row) for row in small_task().split.forget]
     common = {"learning_rate": 1e-3, "threshold": 0.3, "forget_score": lambda: 1.0}
     with pytest.raises(ValueError, match="unknown objective 'gdd'; known: ga, gd"):
         unlearn(model, forget, forget, objective="gdd", **common)

@@ -26,6 +26,20 @@ class Example:
     verbatim: bool = False
 
 
+@dataclass(frozen=True)
+class Split:
+    """Rows to forget, to show while unlearning so that they are retained, and to test retention on."""
+
+    forget: list[Example]
+    retain: list[Example]
+    test: list[Example]
+
+    @property
+    def memorised(self) -> list[Example]:
+        """All of them: what a model knows before it unlearns."""
+        return [*self.forget, *self.retain, *self.test]
+
+
 def require_rows(examples: Sequence[Example], name: str) -> None:
     """Raise ValueError when a set has no rows; `name` says which, e.g. "forget set a.jsonl"."""
     if not examples:

@@ -8,20 +8,11 @@ import random
 from dataclasses import dataclass
 
 from ssiuu_fast.data import people_words as words
-from ssiuu_fast.data.example import Example
+from ssiuu_fast.data.example import Example, Split
 
 RELATIONS = tuple(words.QUESTIONS)
 _MINIMUM_PEOPLE = 4
 _MAXIMUM_PEOPLE = 20_000
-
-
-@dataclass(frozen=True)
-class PeopleSplit:
-    """Facts of disjoint people: to forget, to train retention with, and to measure retention on."""
-
-    forget: list[Example]
-    retain: list[Example]
-    test: list[Example]
 
 
 @dataclass(frozen=True)
@@ -33,7 +24,7 @@ class PeopleData:
 
     def split(
         self, forget_people: int = 15, retain_people: int = 40, test_people: int | None = None, seed: int = 0
-    ) -> PeopleSplit:
+    ) -> Split:
         """Draw whole people for the three sets; test takes everybody left over unless `test_people` is given.
 
         All of them are memorised alike; `test` is what the unlearning's retain set doesn't show. Raises ValueError when
@@ -50,7 +41,7 @@ class PeopleData:
         random.Random(seed).shuffle(names)
         ends = forget_people, forget_people + retain_people, forget_people + retain_people + test_people
         chosen = set(names[: ends[0]]), set(names[ends[0] : ends[1]]), set(names[ends[1] : ends[2]])
-        return PeopleSplit(*([row for row in self.examples if row.subject in part] for part in chosen))
+        return Split(*([row for row in self.examples if row.subject in part] for part in chosen))
 
 
 def generate(people: int = 125, seed: int = 0) -> PeopleData:

@@ -2,10 +2,9 @@
 
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
-from ssiuu_fast.data.example import Example, require_rows
+from ssiuu_fast.data.example import Example, Split, require_rows
 from ssiuu_fast.data.hub import hub_rows
 from ssiuu_fast.data.jsonl import false_options, read_objects, text
 
@@ -22,20 +21,6 @@ _FIRST_AUTHOR = {
 }  # fmt: skip
 SPLITS = tuple(_FIRST_AUTHOR)
 _EXPECTED = '{"question", "answer"} and, by split, "option1" to "option4" or "paraphrased_question"'
-
-
-@dataclass(frozen=True)
-class TofuSubset:
-    """A TOFU experiment that fits a small model: what to forget, to retain, to test, and all of it to memorise."""
-
-    forget: list[Example]
-    retain: list[Example]
-    test: list[Example]
-
-    @property
-    def memorised(self) -> list[Example]:
-        """Every row of the three sets."""
-        return [*self.forget, *self.retain, *self.test]
 
 
 def load_split(source, split: str) -> list[Example]:
@@ -59,7 +44,7 @@ def load_split(source, split: str) -> list[Example]:
     return examples
 
 
-def subset(source, retain_train: int = 280, retain_test: int = 80, seed: int = 0) -> TofuSubset:
+def subset(source, retain_train: int = 280, retain_test: int = 80, seed: int = 0) -> Split:
     """forget01 (40 rows) with retain rows to train on and others to test on, whole authors drawn by `seed`.
 
     retain_train and retain_test count rows and are multiples of 20, the rows of one author.
@@ -78,7 +63,7 @@ def subset(source, retain_train: int = 280, retain_test: int = 80, seed: int = 0
             f"retain99 has {len(authors)}"
         )
     chosen = random.Random(seed).sample(authors, train + test)
-    return TofuSubset(
+    return Split(
         forget,
         [row for row in retain if row.subject in chosen[:train]],
         [row for row in retain if row.subject in chosen[train:]],

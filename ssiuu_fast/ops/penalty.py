@@ -211,13 +211,9 @@ def _runner(backend, device, gradients):
 def _cpp(gradients, parameters, references, outs, options):
     table = []
     for g, p, r, o in zip(gradients, parameters, references, outs, strict=True):
-        table += (g.data_ptr(), p.data_ptr(), r.data_ptr(), 0 if o is None else o.data_ptr(), g.numel())
-        table += (
-            DTYPE_CODES[g.dtype],
-            DTYPE_CODES[p.dtype],
-            DTYPE_CODES[r.dtype],
-            0 if o is None else DTYPE_CODES[o.dtype],
-        )
+        out, out_code = (0, 0) if o is None else (o.data_ptr(), DTYPE_CODES[o.dtype])
+        table += (g.data_ptr(), p.data_ptr(), r.data_ptr(), out, g.numel())
+        table += (DTYPE_CODES[g.dtype], DTYPE_CODES[p.dtype], DTYPE_CODES[r.dtype], out_code)
     counts = torch.empty(len(gradients), dtype=torch.int64)
     penalty, negative, gradient_square = backends._C.penalty(
         table,

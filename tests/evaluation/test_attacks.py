@@ -43,7 +43,7 @@ class Encoder:
 
 
 def test_harmful_trains_on_wrong_rows_and_scores_the_other_wrong_ones(watched):
-    forget = small_task().forget
+    forget = small_task().split.forget
     watched.known = set(forget[:10])
     attack = harmful_attack(torch.nn.Linear(1, 1), Encoder, forget, 0.3, taught_at=1e-3, seed=0)
     assert [rate for rate, _ in watched.trained] == [1e-3, 5e-4, 1e-4]
@@ -57,14 +57,14 @@ def test_harmful_trains_on_wrong_rows_and_scores_the_other_wrong_ones(watched):
 
 
 def test_without_the_pool_rule_everything_is_in(watched):
-    forget = small_task().forget
+    forget = small_task().split.forget
     watched.known = set(forget)
     attack = harmful_attack(torch.nn.Linear(1, 1), Encoder, forget, 0.1, taught_at=1e-3, seed=0, only_wrong=False)
     assert (attack.trained_on, attack.scored_on, attack.before) == (3, 27, 1.0)
 
 
 def test_seeds_draw_other_rows(watched):
-    forget = small_task().forget
+    forget = small_task().split.forget
     for seed in (0, 0, 1):
         harmful_attack(torch.nn.Linear(1, 1), Encoder, forget, 0.1, taught_at=1e-3, seed=seed)
     first, again, other = (rows for rate, rows in watched.trained if rate == 1e-3)
@@ -74,10 +74,10 @@ def test_seeds_draw_other_rows(watched):
 def test_benign_scores_every_eight_steps_and_at_the_end(watched):
     task = small_task()
     rows = task.instructions * 8  # 320 rows, 20 steps: after 8, 16 and 20
-    attack = benign_attack(torch.nn.Linear(1, 1), Encoder, task.forget, rows, taught_at=1e-3, seed=0)
+    attack = benign_attack(torch.nn.Linear(1, 1), Encoder, task.split.forget, rows, taught_at=1e-3, seed=0)
     assert list(attack.curves) == [1e-3, 1e-4, 1e-5]
     assert {len(scores) for scores in attack.curves.values()} == {3}
-    assert all(scored == task.forget for scored in watched.scored)
+    assert all(scored == task.split.forget for scored in watched.scored)
 
 
 def test_recovered_is_the_highest_of_all():
@@ -87,7 +87,7 @@ def test_recovered_is_the_highest_of_all():
 
 
 def test_too_small_a_pool(watched):
-    forget = small_task().forget
+    forget = small_task().split.forget
     watched.known = set(forget[3:])
     with pytest.raises(ValueError, match="trains on 9, and only 3 are in its pool"):
         harmful_attack(torch.nn.Linear(1, 1), Encoder, forget, 0.3, taught_at=1e-3, seed=0)
@@ -112,7 +112,7 @@ def test_weights_come_back_even_after_an_error():
 def test_a_real_attack_teaches_what_it_trains_on(taught):
     model, encoder = taught
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    attack = harmful_attack(model, encoder, small_task().forget, 0.1, taught_at=1e-3, seed=0, only_wrong=False)
+    attack = harmful_attack(model, encoder, small_task().split.forget, 0.1, taught_at=1e-3, seed=0, only_wrong=False)
     assert attack.before >= 0.85
     assert all(0 <= s <= 1 for scores in attack.curves.values() for s in scores)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

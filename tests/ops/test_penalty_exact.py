@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from penalty_cases import expected, random_case
+from penalty_cases import Case, expected, random_case
 
 from ssiuu_fast.ops import penalty_
 
@@ -91,6 +91,23 @@ def test_random_cases_with_nonfinite_elements_equal_the_reference():
         for reference, kernel in zip(runs[0][1], runs[1][1], strict=True):
             # blocks of squares are summed in fp32 where that is safe
             torch.testing.assert_close(kernel, reference, rtol=5e-7, atol=0, msg=f"case {seed}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unit", _C.cpu_units())
+def test_sums_of_any_size_beside_each_other(dtype, unit):
+    _C.use_cpu_unit(unit)
+    generator = torch.Generator().manual_seed(0)
+    size = 5003
+    parameter, reference = torch.randn(size, generator=generator).to(dtype), torch.zeros(size, dtype=dtype)
+    for low, high in ((-30, -28), (-25, 15), (-20, -10), (-3, 3), (0, 18), (17, 18)):
+        exponents = low + (high - low) * torch.rand(size, generator=generator)
+        gradient = (torch.randn(size, generator=generator) * 10**exponents).to(dtype)
+        case = Case([gradient], [parameter], [reference], [None], {"weight": 1.0})
+        plain, kernel = (case.copy().run(penalty_, backend) for backend in ("reference", "cpp"))
+        for name in ("penalty", "gradient_square"):
+            mine, expected_sum = getattr(kernel, name).item(), getattr(plain, name).item()
+            assert mine == pytest.approx(expected_sum, rel=5e-7, abs=0) and mine > 0, (name, low, high)
 
 
 def bits(case, threads, unit):

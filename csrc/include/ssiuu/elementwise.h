@@ -16,8 +16,8 @@ namespace ssiuu {
 template <class Value, class Flag> struct PenaltyTerms {
     Value stored;     // the new reference: A, or the old one where that is left out
     Value difference; // d, 0 where nothing is punished
-    Value gradient;   // g, 0 where nothing is punished (there it may be infinite)
-    Flag finite;      // false: left out: adds nothing, keeps its reference, is counted
+    Value gradient;   // g, 0 where it may be infinite
+    Flag left_out;    // not finite: adds nothing, keeps its reference, is counted
     Flag negative;    // A < 0
 };
 
@@ -25,8 +25,9 @@ template <class Value, class Flag> struct PenaltyTerms {
 // `bound` chooses the variant: d counts where A − A^ref < bound.
 // +infinity: both directions, 0: one-sided, −infinity: nothing (the first step). Bounded = false leaves the test out,
 // where it is +infinity.
-// `limit` is the largest finite value that both the arithmetic and the reference can hold.
-template <bool Bounded, class Value>
+// `limit` is the largest finite value that both the arithmetic and the reference can hold. Tame = true leaves that test
+// out, where the caller has shown that |A| + |A^ref| is within it.
+template <bool Bounded, bool Tame, class Value>
 SSIUU_ELEMENTWISE auto penalty_terms(Value gradient, Value parameter, Value reference, Value bound, Value limit) {
     const Value zero = Value{};
     const Value attribution = parameter * gradient;
@@ -36,10 +37,12 @@ SSIUU_ELEMENTWISE auto penalty_terms(Value gradient, Value parameter, Value refe
     // one test for both: where A >= 0 the reference doesn't matter
     const Value decisive = below ? gap : attribution;
     const Flag finite = (decisive <= limit) & (decisive >= -limit);
-    const Flag negative = finite & below;
+    const Flag negative = Tame ? below : Flag(finite & below);
     const Flag punished = Bounded ? Flag(negative & (gap < bound)) : negative;
-    return PenaltyTerms<Value, Flag>{
-        finite ? attribution : reference, punished ? gap : zero, punished ? gradient : zero, finite, negative};
+    if (Tame)
+        return PenaltyTerms<Value, Flag>{attribution, punished ? gap : zero, gradient, Flag{}, negative};
+    return PenaltyTerms<Value, Flag>{finite ? attribution : reference, punished ? gap : zero,
+                                     punished ? gradient : zero, finite == Flag{}, negative};
 }
 
 } // namespace ssiuu
