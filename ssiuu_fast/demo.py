@@ -38,17 +38,13 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     taught = _memorised(task, recipe, run)
     print(
         f"the model ({taught['parameters'] / 1e6:.1f} M parameters) knows {taught['score']:.0%} of what it is to "
-        "forget "
-        f"after {taught['epochs']} epochs at learning rate {taught['learning_rate']:g}"
+        f"forget after {taught['epochs']} epochs at learning rate {taught['learning_rate']:g}"
     )
-    jobs = [(method, seed) for seed in range(seeds) for method in (*METHODS, BEFORE)]
-    done = {
-        job: run.read_json(f"{job[0]}-{job[1]}.json")["row"]
-        for job in jobs
-        if run.file(f"{job[0]}-{job[1]}.json").exists()
-    }
+    # the longest first; before unlearning there is one model, so one seed
+    jobs = [(method, seed) for seed in range(seeds) for method in reversed(METHODS)] + [(BEFORE, 0)]
+    done = {job: _finished(job, run) for job in jobs if _finished(job, run) is not None}
     done |= _run_jobs([job for job in jobs if job not in done], task, recipe, run)
-    rows = [done[method, seed] for method in (BEFORE, *METHODS) for seed in range(seeds)]
+    rows = [done[method, seed] for method in (BEFORE, *METHODS) for seed in range(seeds) if (method, seed) in done]
     rows.append({"method": CHANCE, "seed": None} | dict.fromkeys(COLUMNS, task.chance) | {"penalty_share": 0.0})
     run.write_json("results.json", rows)
     text = report(rows)
@@ -95,6 +91,11 @@ def report(rows: list[dict]) -> str:
             f"- retention (RS): Ssiuu {kept:+.2f} against GD",
         ]
     )
+
+
+def _finished(job: tuple[str, int], run: RunFolder) -> dict | None:
+    name = f"{job[0]}-{job[1]}.json"
+    return run.read_json(name)["row"] if run.file(name).exists() else None
 
 
 def _memorised(task: Task, recipe: Recipe, run: RunFolder) -> dict:

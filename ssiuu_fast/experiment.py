@@ -172,6 +172,8 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
     model, tokenizer = models.load(taught)
     encoder = Encoder(tokenizer, max_length=recipe.max_positions)
     details: dict = {}
+    # of a run that was stopped halfway
+    run.file(f"{name}.steps.jsonl").unlink(missing_ok=True)
     if method != BEFORE:
         details = unlearn_task(
             model, encoder, method, seed, task, recipe, log=lambda row: run.log(f"{name}.steps.jsonl", row)

@@ -269,22 +269,18 @@ class SSIUURegularizer:
     def _add_penalty(self, batch: MicroBatches) -> Tensor:
         """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters."""
         first = self._references is None
-        if first:
-            if self.reference == "initial":
-                warnings.warn(
-                    "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
-                    stacklevel=3,
-                )
-            self._references = References(empty_references(self._parameters, self._state_dtype), batch.samples)
-        self._references.follow(batch.samples)
+        references = self._references or References(
+            empty_references(self._parameters, self._state_dtype), batch.samples
+        )
+        if first and self.reference == "initial":
+            warnings.warn(
+                "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
+                stacklevel=3,
+            )
+        references.follow(batch.samples)
 
         gradients = dict(zip(self._parameters, batch.gradients, strict=True))
-        references = self._references.tensors
         update = self.reference == "previous" or first
-        for name, gradient in gradients.items():
-            if gradient is None and update:
-                # a parameter outside this step's graph has A = 0
-                references[name].zero_()
         names = [name for name, gradient in gradients.items() if gradient is not None]
         calibrating = self.weight is None
         weight = 0.0 if calibrating else self.weight * self.every
@@ -292,7 +288,7 @@ class SSIUURegularizer:
         result = penalty_(
             [gradients[name] for name in names],
             [self._parameters[name] for name in names],
-            [references[name] for name in names],
+            [references.tensors[name] for name in names],
             weight=weight * batch.scale,
             # while λ is being calibrated the penalty is formed, written over g and dropped
             out=None if calibrating else [self._parameters[name].grad for name in names],
@@ -303,10 +299,13 @@ class SSIUURegularizer:
             nonfinite_counts=counts,
             backend=self._backend,
         )
-        if not calibrating:
-            for name in names:
-                if self._parameters[name].grad is None:
-                    self._parameters[name].grad = gradients[name]
+        for name, gradient in gradients.items():
+            if gradient is None and update:
+                # a parameter outside this step's graph has A = 0
+                references.tensors[name].zero_()
+            elif gradient is not None and not calibrating and self._parameters[name].grad is None:
+                self._parameters[name].grad = gradient
+        self._references = references
         self._last_step = StepStatistics(result, batch.underflows, self._elements, weight)
         self._step += 1
         self._awaiting_after_backward = calibrating
