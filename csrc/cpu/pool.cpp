@@ -22,7 +22,7 @@ struct Job {
     void* context;
     std::fenv_t mode;
     std::atomic<std::int64_t> next{0};
-    int helpers;
+    int others;
     int unfinished;
 
     void work() {
@@ -36,11 +36,11 @@ public:
     std::mutex in_use;
 
     void run(Job& job) {
-        grow(job.helpers);
+        grow(job.others);
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            job.helpers = job.helpers < workers_ ? job.helpers : workers_;
-            job.unfinished = job.helpers;
+            job.others = job.others < workers_ ? job.others : workers_;
+            job.unfinished = job.others;
             job_ = &job;
             ++generation_;
         }
@@ -77,7 +77,7 @@ private:
             wake_.wait(lock, [&] { return generation_ != seen; });
             seen = generation_;
             Job* job = job_;
-            if (job == nullptr || id >= job->helpers) continue;
+            if (job == nullptr || id >= job->others) continue;
             lock.unlock();
             std::fesetenv(&job->mode);
             job->work();
@@ -112,9 +112,9 @@ void parallel_for(std::int64_t count, int threads, void (*body)(void*, std::int6
     job.count = count;
     job.body = body;
     job.context = context;
-    job.helpers = int((threads < count ? threads : count) - 1);
+    job.others = int((threads < count ? threads : count) - 1);
     std::fegetenv(&job.mode);
-    if (job.helpers > 0) {
+    if (job.others > 0) {
         std::unique_lock<std::mutex> lock(pool().in_use, std::try_to_lock);
         if (lock.owns_lock()) {
             pool().run(job);
