@@ -37,8 +37,9 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     disable_progress_bar()
     taught = _memorised(task, recipe, run)
     print(
-        f"the model ({taught['parameters'] / 1e6:.1f} M parameters) knows {taught['score']:.0%} of what it is to "
-        f"forget after {taught['epochs']} epochs at learning rate {taught['learning_rate']:g}"
+        f"a model of {taught['parameters'] / 1e6:.1f} M parameters, after {taught['epochs']} epochs at learning rate "
+        f"{taught['learning_rate']:g}: scores {taught['score']:.3f} on what it is to forget, "
+        f"{taught['score_of_all']:.3f} on all {taught['rows']} rows"
     )
     # the longest first; before unlearning there is one model, so one seed
     jobs = [(method, seed) for seed in range(seeds) for method in reversed(METHODS)] + [(BEFORE, 0)]

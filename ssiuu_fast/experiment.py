@@ -72,7 +72,7 @@ PEOPLE = Recipe(
 )  # fmt: skip
 TOFU = Recipe(
     hidden_size=256, layers=6, heads=4, vocab_size=4096, max_positions=512,
-    teaching_rate=1e-3, teaching_epochs=100, teaching_batch_size=16, known_at=0.96, unlearning_rate=1e-4,
+    teaching_rate=1e-3, teaching_epochs=100, teaching_batch_size=16, known_at=0.98, unlearning_rate=1e-4,
 )  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def tofu_task(source: str, instructions: str) -> Task:
 def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True) -> dict:
     """Trains a small Llama with its own tokenizer until it knows the forget set; saves it as a Hugging Face folder.
 
-    Returns what was measured: forget score, epochs, parameters.
+    Returns what was measured: scores of the forget set and of everything, epochs, parameters.
     """
     tokenizer = models.train_tokenizer(templated((*task.split.memorised, *task.instructions)), recipe.vocab_size)
     model = models.new_llama(
@@ -117,7 +117,12 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
         progress=progress,
     )
     models.save(model, tokenizer, folder)
-    return taught | {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    everything = score(model, encoder, task.split.memorised, max_new_tokens=recipe.max_new_tokens, progress=progress)
+    return taught | {
+        "score_of_all": everything.mean,
+        "rows": len(everything.values),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def templated(rows: Iterable[Example]) -> Iterator[str]:
@@ -164,9 +169,9 @@ def teach(
 def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path, run: RunFolder, say: Say) -> dict:
     """One row of the table: unlearns a fresh copy of the taught model by `method` and attacks what is left.
 
-    "before" attacks the taught model itself, without the pool rule, which would leave nothing to score. Everything
-    that was measured goes to <method>-<seed>.json in the run's folder, every step to <method>-<seed>.steps.jsonl, the
-    model to a folder of that name.
+    "before" attacks the taught model itself. Where the threshold wasn't reached, the pool rule is left out: it would
+    leave little to score. Everything that was measured goes to <method>-<seed>.json in the run's folder, every step to
+    <method>-<seed>.steps.jsonl, the model to a folder of that name.
     """
     name = f"{method}-{seed}"
     model, tokenizer = models.load(taught)
@@ -188,7 +193,7 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
     row = {"method": method, "seed": seed}
     row["FS"] = score(model, encoder, task.split.forget, max_new_tokens=recipe.max_new_tokens).mean
     row["RS"] = score(model, encoder, task.split.test, max_new_tokens=recipe.max_new_tokens).mean
-    attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=method != BEFORE)
+    attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=details.get("reached", False))
     row |= {attack.name: attack.recovered for attack in attacks}
     row["penalty_share"] = details.get("penalty_share", 0.0)
     recovered = ", ".join(f"{attack.name} {attack.recovered:.2f}" for attack in attacks)
