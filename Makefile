@@ -11,6 +11,9 @@ INSTALLED := $(VENV)/installed
 # the package is installed editable: Python files are read where they lie, these make a new build
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
+# threads that wait for each other in a busy loop stall a run as soon as anything else wants a core
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test test-slow lint bench clean
 
 demo: $(INSTALLED)

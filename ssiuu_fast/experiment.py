@@ -72,7 +72,7 @@ PEOPLE = Recipe(
 )  # fmt: skip
 TOFU = Recipe(
     hidden_size=256, layers=6, heads=4, vocab_size=4096, max_positions=512,
-    teaching_rate=1e-3, teaching_epochs=100, teaching_batch_size=16, known_at=0.98, unlearning_rate=1e-4,
+    teaching_rate=1e-3, teaching_epochs=100, teaching_batch_size=16, known_at=0.98, unlearning_rate=5e-5,
 )  # fmt: skip
 
 
