@@ -10,6 +10,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    # here, not in pyproject.toml: the tests also run from elsewhere, against an installed wheel
+    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; run with -m gpu")
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow and not gpu"
+
+
 @pytest.fixture(scope="session")
 def taught_folder(tmp_path_factory):
     """Folder of a model that knows a few invented people."""

@@ -28,16 +28,25 @@ def target_of(log_probs, counts, target):
     }[target]()
 
 
-def block_weights(model):
-    return {name: p for name, p in model.named_parameters() if "_proj.weight" in name}
+def block_weights(model, part="_proj.weight"):
+    return {name: p for name, p in model.named_parameters() if part in name}
 
 
 def algorithm_1(
-    model, batches, *, weight, target="probability", reference="previous", one_sided=False, every=1, initial=None
+    model,
+    batches,
+    *,
+    weight,
+    target="probability",
+    reference="previous",
+    one_sided=False,
+    every=1,
+    part="_proj.weight",
+    state_dtype=None,
 ):
     """The gradient of every parameter in every step, R too; plain SGD between the steps."""
-    chosen = block_weights(model)
-    stored = initial
+    chosen = block_weights(model, part)
+    stored = None
     gradients, penalties = [], []
     for step, rows in enumerate(batches):
         counts = answer_token_counts(rows["labels"])
@@ -60,7 +69,7 @@ def algorithm_1(
                 penalty += (difference**2).sum().item()
                 loss[name] = loss[name] + weight * every * 2 * difference * gradient
             if stored is None or reference == "previous":
-                stored = attribution
+                stored = {name: a.to(state_dtype or a.dtype).to(a.dtype) for name, a in attribution.items()}
         gradients.append(loss)
         penalties.append(penalty)
         descend(model, loss)
@@ -163,3 +172,28 @@ def test_the_weights_above_make_the_penalty_matter(target):
     model = tiny_llama()
     share = penalty_norm_share(model, [batch(seed=seed) for seed in range(2)], WEIGHTS[target], target=target)
     assert share > 0.1
+
+
+@pytest.mark.parametrize("part", ["down_proj.weight", "embed_tokens", "norm.weight"])
+def test_chosen_parameters(part):
+    model = tiny_llama(tie_word_embeddings=True)
+    batches = [batch(seed=seed) for seed in range(STEPS)]
+    truth, penalties = algorithm_1(copy.deepcopy(model), batches, weight=1e6, part=part)
+    regularizer = SSIUURegularizer(model, 1e6, parameters=[f"*{part}*"])
+    ours, our_penalties = regularized(model, batches, regularizer)
+    assert all(part in name for name in regularizer.parameter_names)
+    assert_same_gradients(ours, truth, 1e-9)
+    assert our_penalties == pytest.approx(penalties, rel=1e-7)
+    assert sum(penalties) > 0
+
+
+def test_references_of_fewer_bits():
+    model = tiny_llama(torch.float32)
+    batches = [batch(seed=seed) for seed in range(STEPS)]
+    truth, penalties = algorithm_1(copy.deepcopy(model), batches, weight=1e6, state_dtype=torch.bfloat16)
+    exact, _ = algorithm_1(copy.deepcopy(model), batches, weight=1e6)
+    ours, our_penalties = regularized(model, batches, SSIUURegularizer(model, 1e6, state_dtype=torch.bfloat16))
+    assert_same_gradients(ours, truth, 1e-5)
+    assert our_penalties == pytest.approx(penalties, rel=1e-3)
+    with pytest.raises(AssertionError):
+        assert_same_gradients(ours, exact, 1e-5)
