@@ -54,7 +54,10 @@ def demo(options: DemoOptions) -> None:
     else:
         run = RunFolder.create(options.output, "demo", asdict(options))
     task, recipe = _demo_setting(options)
-    run_demo(task, replace(recipe, relative_weight=options.relative_weight), options.seeds, run)
+    if options.relative_weight is not None:
+        recipe = replace(recipe, relative_weight=options.relative_weight)
+    run.write_json("recipe.json", asdict(recipe))
+    run_demo(task, recipe, options.seeds, run)
 
 
 def memorize(options: MemorizeOptions) -> None:

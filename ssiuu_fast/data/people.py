@@ -23,7 +23,7 @@ class PeopleData:
     examples: list[Example]
 
     def split(
-        self, forget_people: int = 15, retain_people: int = 40, test_people: int | None = None, seed: int = 0
+        self, forget_people: int = 15, retain_people: int = 80, test_people: int | None = None, seed: int = 0
     ) -> Split:
         """Draw whole people for the three sets; test takes everybody left over unless `test_people` is given.
 
