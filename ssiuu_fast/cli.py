@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     try:
         run()
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         print(f"ssiuu-fast: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

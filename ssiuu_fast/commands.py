@@ -27,14 +27,13 @@ from ssiuu_fast.experiment import (
     tofu_task,
 )
 from ssiuu_fast.options import (
-    DEFAULT_RELATIVE_WEIGHT,
     AttackOptions,
     DemoOptions,
     EvaluateOptions,
     MemorizeOptions,
     UnlearnOptions,
 )
-from ssiuu_fast.regularizer import SSIUURegularizer
+from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.unlearning import unlearn
@@ -49,14 +48,17 @@ def demo(options: DemoOptions) -> None:
     """Unlearn people by GD and by Ssiuu, attack both by retraining, and read which one erased."""
     if options.resume is not None:
         run = RunFolder(Path(options.resume))
-        options = DemoOptions(**run.read_json("config.json")["options"])
+        config = run.read_json("config.json")
+        if config["command"] != "demo":
+            raise ValueError(f"{run.path} is the folder of `{config['command']}`, and only a demo can be resumed")
+        options = DemoOptions(**config["options"])
+        task, _ = _demo_setting(options)
+        recipe = Recipe(**run.read_json("recipe.json"))
         print(f"going on in {run.path} with the options it was started with")
     else:
+        task, recipe = _demo_setting(options)
         run = RunFolder.create(options.output, "demo", asdict(options))
-    task, recipe = _demo_setting(options)
-    if options.relative_weight is not None:
-        recipe = replace(recipe, relative_weight=options.relative_weight)
-    run.write_json("recipe.json", asdict(recipe))
+        run.write_json("recipe.json", asdict(recipe))
     run_demo(task, recipe, options.seeds, run)
 
 
@@ -75,11 +77,16 @@ def memorize(options: MemorizeOptions) -> None:
             initializer_range=INITIALIZER_RANGE,
         )
     else:
-        model, tokenizer = models.load(options.model)
+        # in fp32 whatever the checkpoint's: 16-bit weights lose most updates
+        model, tokenizer = models.load(options.model, dtype=torch.float32)
+    model.to(models.default_device(options.device))
+    encoder = _encoder(model, tokenizer, "auto", options.max_length)
+    for row in rows:
+        encoder.encode(row)
     run = RunFolder.create(options.output, "memorize", asdict(options))
     taught = teach(
-        model.to(_device(None)),
-        Encoder(tokenizer, max_length=options.max_length),
+        model,
+        encoder,
         rows,
         rows,
         learning_rate=options.learning_rate,
@@ -94,17 +101,12 @@ def memorize(options: MemorizeOptions) -> None:
     run.write_json("results.json", taught)
     print(table(["memorised", "score", "epochs"], [[options.data, f"{taught['score']:.3f}", str(taught["epochs"])]]))
     if taught["score"] < options.stop_at:
-        print(
-            f"the score {options.stop_at:g} was not reached in {options.epochs} epochs: raise epochs, or the model's "
-            "size"
-        )
+        print(f"the score {options.stop_at:g} was not reached in {options.epochs} epochs: raise epochs or the sizes")
     print(f"model: {run.file(MODEL_FOLDER)}")
 
 
 def unlearn_command(options: UnlearnOptions) -> None:
     """Unlearn rows of your own from a model, with an early stop at the forget threshold."""
-    if options.weight is not None and options.relative_weight is not None:
-        raise ValueError("give weight or relative_weight, not both")
     forget = load_examples(options.forget)
     retain = load_examples(options.retain) if options.retain else None
     test = load_examples(options.test) if options.test else retain
@@ -118,15 +120,15 @@ def unlearn_command(options: UnlearnOptions) -> None:
         threshold = scores.default_threshold(forget)
         print(f"threshold: {threshold:.4f}, the score of a model that has these rows mixed up or guesses")
     model, encoder = _load(options)
-    regularizer = None
-    if method == "ssiuu":
-        regularizer = _regularizer(model, options)
+    regularizer = _regularizer(model, options) if method == "ssiuu" else None
+    forget_rows = [encoder.encode(row) for row in forget]
+    retain_rows = [encoder.encode(row) for row in retain] if retain and method != "ga" else None
     run = RunFolder.create(options.output, "unlearn", asdict(options) | {"method": method, "threshold": threshold})
     before = _both_scores(model, encoder, forget, test)
     progress = unlearn(
         model,
-        [encoder.encode(row) for row in forget],
-        [encoder.encode(row) for row in retain] if retain and method != "ga" else None,
+        forget_rows,
+        retain_rows,
         objective="gd" if method == "ssiuu" else method,
         learning_rate=options.learning_rate,
         threshold=threshold,
@@ -143,7 +145,8 @@ def unlearn_command(options: UnlearnOptions) -> None:
     models.save(model, encoder.tokenizer, run.file(MODEL_FOLDER))
     _carry_teaching(options.model, run)
     run.write_json("results.json", {"before": before, "after": after, "unlearning": progress.as_dict()})
-    print(table(["", "FS", "RS"], [[name, *map(_number, row)] for name, row in (("before", before), (method, after))]))
+    lines = [[name, *map(_number, row.values())] for name, row in (("before", before), (method, after))]
+    print(table(["", "FS", "RS"], lines))
     print(
         "FS: forget rows. RS: "
         + ("held-out rows." if options.test else "retain rows, which the run trained on." if retain else "–")
@@ -161,12 +164,17 @@ def attack(options: AttackOptions) -> None:
     forget = load_examples(options.forget)
     instructions = None if options.instructions == "none" else load_instructions(options.instructions)
     model, encoder = _load(options)
-    taught_at = options.taught_at or _noted_teaching_rate(options.model)
+    taught_at = _noted_teaching_rate(options.model) if options.taught_at is None else options.taught_at
+    for row in [*forget, *(instructions or [])]:
+        encoder.encode(row)
     run = RunFolder.create(options.output, "attack", asdict(options) | {"taught_at": taught_at})
     attacks: list[Attack] = []
     for seed in range(options.seeds):
         common = {"taught_at": taught_at, "seed": seed, "progress": True}
-        attacks += [harmful_attack(model, encoder, forget, fraction, **common) for fraction in options.harmful]
+        attacks += [
+            harmful_attack(model, encoder, forget, fraction, only_wrong=options.only_wrong, **common)
+            for fraction in options.harmful
+        ]
         if instructions is not None:
             attacks.append(benign_attack(model, encoder, forget, instructions, **common))
         run.write_json("results.json", [attack.as_dict() for attack in attacks])
@@ -198,8 +206,12 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def _demo_setting(options: DemoOptions) -> tuple[Task, Recipe]:
     if options.data == "people":
-        return people_task(options.instructions or "exercises"), PEOPLE
-    return tofu_task(options.tofu, options.instructions or "tatsu-lab/alpaca"), TOFU
+        task, recipe = people_task(options.instructions or "exercises"), PEOPLE
+    else:
+        task, recipe = tofu_task(options.tofu, options.instructions or "tatsu-lab/alpaca"), TOFU
+    if options.relative_weight is not None:
+        recipe = replace(recipe, relative_weight=options.relative_weight)
+    return task, recipe
 
 
 def _method(asked: str | None, retain: list[Example] | None) -> str:
@@ -214,7 +226,7 @@ def _method(asked: str | None, retain: list[Example] | None) -> str:
 def _regularizer(model, options: UnlearnOptions) -> SSIUURegularizer:
     relative = options.relative_weight
     if options.weight is None and relative is None:
-        relative = DEFAULT_RELATIVE_WEIGHT
+        relative = STARTING_RELATIVE_WEIGHT
     return SSIUURegularizer(
         model,
         weight=options.weight or 0.0,
@@ -228,18 +240,20 @@ def _regularizer(model, options: UnlearnOptions) -> SSIUURegularizer:
 
 def _load(options: UnlearnOptions | AttackOptions | EvaluateOptions):
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    model, tokenizer = models.load(options.model, dtype=dtype, device=_device(options.device))
-    positions = getattr(model.config, "max_position_embeddings", None) or options.max_length
-    return model, Encoder(tokenizer, style=options.style, max_length=min(options.max_length, positions))
+    model, tokenizer = models.load(options.model, dtype=dtype, device=models.default_device(options.device))
+    return model, _encoder(model, tokenizer, options.style, options.max_length)
 
 
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+def _encoder(model, tokenizer, style: str, max_length: int) -> Encoder:
+    positions = getattr(model.config, "max_position_embeddings", None) or max_length
+    return Encoder(tokenizer, style=style, max_length=min(max_length, positions))
 
 
-def _both_scores(model, encoder: Encoder, forget: Sequence[Example], test: Sequence[Example] | None):
+def _both_scores(
+    model, encoder: Encoder, forget: Sequence[Example], test: Sequence[Example] | None
+) -> dict[str, float | None]:
     kept = None if test is None else scores.score(model, encoder, test, progress=True).mean
-    return scores.score(model, encoder, forget, progress=True).mean, kept
+    return {"FS": scores.score(model, encoder, forget, progress=True).mean, "RS": kept}
 
 
 def _scored(how: str, model, encoder: Encoder, rows: Sequence[Example]) -> tuple[str, list[float]]:
@@ -264,10 +278,7 @@ def _noted_teaching_rate(model: str) -> float:
     noted = Path(model) / TEACHING_FILE
     if noted.exists():
         return json.loads(noted.read_text(encoding="utf-8"))["learning_rate"]
-    print(
-        f"no {TEACHING_FILE} in {model}: attacking at multiples of {PUBLISHED_TEACHING_RATE:g}; set taught_at for "
-        "another"
-    )
+    print(f"no {TEACHING_FILE} in {model}: attacking at multiples of {PUBLISHED_TEACHING_RATE:g}, or set --taught_at")
     return PUBLISHED_TEACHING_RATE
 
 

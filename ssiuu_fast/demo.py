@@ -48,22 +48,24 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     rows = [done[method, seed] for method in (BEFORE, *METHODS) for seed in range(seeds) if (method, seed) in done]
     rows.append({"method": CHANCE, "seed": None} | dict.fromkeys(COLUMNS, task.chance) | {"penalty_share": 0.0})
     run.write_json("results.json", rows)
-    text = report(rows)
+    text = report(
+        rows, {job: run.read_json(f"{job[0]}-{job[1]}.json")["unlearning"] for job in jobs if job[0] != BEFORE}
+    )
     run.file("table.md").write_text(text + "\n", encoding="utf-8")
     scores = {
         method: {name: [row[name] for row in rows if row["method"] == method] for name in COLUMNS}
         for method in (BEFORE, *METHODS)
     }
     grouped_bars(run.file("recovery.png"), COLUMNS, scores, chance=task.chance, title="what retraining brings back")
-    print(
-        f"\n{text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png, a JSON file and a model for each "
-        "run"
-    )
+    print(f"\n{text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png; a JSON file and a model a run")
     return rows
 
 
-def report(rows: list[dict]) -> str:
-    """The table (mean ± sd over seeds) and, in words, whether Ssiuu recovers less than GD."""
+def report(rows: list[dict], unlearning: dict[tuple[str, int], dict]) -> str:
+    """The table (mean ± sd over seeds) and, in words, whether Ssiuu recovers less than GD.
+
+    unlearning: what each (method, seed) did: epochs, whether it reached the threshold.
+    """
 
     def values(method: str, column: str) -> list[float]:
         return [row[column] for row in rows if row["method"] == method]
@@ -73,25 +75,37 @@ def report(rows: list[dict]) -> str:
         [method, *(mean_sd(values(method, column)) for column in COLUMNS), mean_sd(values(method, "penalty_share"))]
         for method in (BEFORE, *METHODS, CHANCE)
     ]
+    return "\n".join(
+        [
+            table(header, lines),
+            "",
+            f"mean ± sd over {len(values('GD', 'FS'))} seeds; {BEFORE}: one attack on the model as it was taught.",
+            "FS: score on the forget set (lower is better). RS: on rows held out from unlearning (higher is better).",
+            "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it;",
+            "benign: on the forget set while retraining on unrelated instructions (lower is better).",
+            "",
+            *(_reached(method, unlearning) for method in METHODS),
+            *_verdicts(values, all(details["reached"] for details in unlearning.values())),
+        ]
+    )
+
+
+def _reached(method: str, unlearning: dict[tuple[str, int], dict]) -> str:
+    runs = [details for (name, _), details in unlearning.items() if name == method]
+    epochs = ", ".join(str(details["epochs"]) for details in runs)
+    reached = sum(details["reached"] for details in runs)
+    return f"- {method} reached the threshold in {reached} of {len(runs)} runs (epochs: {epochs})"
+
+
+def _verdicts(values, comparable: bool) -> list[str]:
+    if not comparable:
+        return ["- a run that did not reach the threshold is attacked on rows it still knows: no verdict on recovery"]
     verdicts = [
         f"- {column.replace('_', ' ')}: {comparison('Ssiuu', values('Ssiuu', column), 'GD', values('GD', column))}"
         for column in ATTACKS
     ]
     kept = statistics.mean(values("Ssiuu", "RS")) - statistics.mean(values("GD", "RS"))
-    return "\n".join(
-        [
-            table(header, lines),
-            "",
-            "FS: what is left of the forget set (lower is better). RS: what is left of held-out rows (higher is "
-            "better).",
-            "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it; benign: "
-            "on the",
-            "forget set while retraining on unrelated instructions (lower is better).",
-            "",
-            *verdicts,
-            f"- retention (RS): Ssiuu {kept:+.2f} against GD",
-        ]
-    )
+    return [*verdicts, f"- retention (RS): Ssiuu {kept:+.2f} against GD"]
 
 
 def _finished(job: tuple[str, int], run: RunFolder) -> dict | None:
@@ -109,7 +123,7 @@ def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunF
     """One process a core, one thread a process: small models gain nothing from more threads. On a GPU, one process."""
     if not jobs:
         return {}
-    workers = 1 if torch.cuda.is_available() else min(len(jobs), len(os.sched_getaffinity(0)))
+    workers = 1 if torch.cuda.is_available() else min(len(jobs), _cores())
     context = multiprocessing.get_context("spawn")
     rows = {}
     with context.Manager() as manager:
@@ -139,6 +153,12 @@ def _job(job: tuple[str, int], task: Task, recipe: Recipe, folder: Path, message
 
 def _print_messages(messages, bar) -> None:
     try:
-        bar.write(messages.get(timeout=0.2))
+        while True:
+            bar.write(messages.get(timeout=0.2))
     except Empty:
         return
+
+
+def _cores() -> int:
+    # those that this process may use, where the system tells
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -33,7 +33,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def refuse_several_processes(process_group) -> None:
+def refuse_several_processes(process_group=None) -> None:
+    """None is the default group, where one is initialised."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
     world = torch.distributed.get_world_size(process_group)
     if world > 1:
         raise ValueError(
@@ -50,8 +53,17 @@ def refuse_sharded(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None
             )
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
-                f"{name} is a DTensor (FSDP2 or tensor parallel): sharded parameters are not built yet. Run in one "
-                "process"
+                f"{name} is a DTensor (FSDP2 or tensor parallel): sharded parameters are not built yet. "
+                "Run in one process"
+            )
+
+
+def refuse_steps_in_backward(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    for name, parameter in named_parameters:
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"{name} has a hook that runs as soon as its gradient is there: optimizers that step inside backward "
+                "(lomo, adalomo, *_layerwise) would move the weights before the step's gradient is whole"
             )
 
 
@@ -101,8 +113,7 @@ def target_gradients(
     if all(missing):
         raise RuntimeError(
             f"0 of {len(parameters)} regularised parameters are in this graph: was the model wrapped, sharded or "
-            "frozen "
-            "after the regulariser was built?"
+            "frozen after the regulariser was built?"
         )
     return _separate(gradients)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from ssiuu_fast import models
 from ssiuu_fast.data import people, tofu
-from ssiuu_fast.data.collate import Encoder
+from ssiuu_fast.data.collate import PLAIN_PROMPT, Encoder
 from ssiuu_fast.data.example import Example, Split, refuse_overlap
 from ssiuu_fast.data.sources import load_instructions
 from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
 from ssiuu_fast.evaluation.scores import default_threshold, score
-from ssiuu_fast.regularizer import SSIUURegularizer
+from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.training import finetune
 from ssiuu_fast.unlearning import unlearn
@@ -60,7 +60,7 @@ class Recipe:
     teaching_batch_size: int
     known_at: float
     unlearning_rate: float
-    relative_weight: float = 30.0
+    relative_weight: float = STARTING_RELATIVE_WEIGHT
     max_epochs: int = 100
     batch_size: int = 16
     max_new_tokens: int = 200
@@ -105,6 +105,7 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
         max_positions=recipe.max_positions,
         initializer_range=INITIALIZER_RANGE,
     )
+    model.to(models.default_device())
     encoder = Encoder(tokenizer, max_length=recipe.max_positions)
     taught = teach(
         model,
@@ -129,7 +130,7 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
 
 def templated(rows: Iterable[Example]) -> Iterator[str]:
     """The texts as the plain prompt shows them, so that a tokenizer trained on them knows its words."""
-    return (f"Question: {row.prompt}\nAnswer: {row.answer}" for row in rows)
+    return (f"{PLAIN_PROMPT.format(row.prompt)} {row.answer}" for row in rows)
 
 
 def teach(
@@ -176,7 +177,7 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
     <method>-<seed>.steps.jsonl, the model to a folder of that name.
     """
     name = f"{method}-{seed}"
-    model, tokenizer = models.load(taught)
+    model, tokenizer = models.load(taught, device=models.default_device())
     encoder = Encoder(tokenizer, max_length=recipe.max_positions)
     details: dict = {}
     # of a run that was stopped halfway
@@ -187,7 +188,7 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
         )
         models.save(model, tokenizer, run.file(name))
         say(
-            f"{method}, seed {seed}: forget score {details['scores'][0]:.2f} → {details['scores'][-1]:.2f} in "
+            f"{method}, seed {seed}: forget score {details['scores'][0]:.2f} → {details['score']:.2f} in "
             f"{details['epochs']} epochs"
         )
         for note in details["notes"]:

@@ -112,6 +112,14 @@ def load(name, dtype: torch.dtype | None = None, device=None):
     return model.eval(), tokenizer
 
 
+def default_device(name: str | None = None) -> torch.device:
+    """The device of this name; None is a GPU where there is one. Raises ValueError for a name torch doesn't know."""
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: say cpu, cuda, cuda:1, mps, …") from None
+
+
 def save(model, tokenizer, folder) -> None:
     """Write model (safetensors) and tokenizer as an ordinary Hugging Face folder, for `load` or from_pretrained."""
     folder = Path(folder)

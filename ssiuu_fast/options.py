@@ -3,8 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-# METHOD, open point 5: where to start
-DEFAULT_RELATIVE_WEIGHT = 30.0
+
+def _require(options, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not value >= minimum:
+            raise ValueError(f"{name} must be at least {minimum:g}, got {value!r}")
+
+
+def _require_above_zero(options, *names: str) -> None:
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} must be a number above 0, got {value!r}")
 
 
 @dataclass
@@ -30,6 +41,9 @@ class DemoOptions:
     output: str | None = None
     resume: str | None = None
 
+    def __post_init__(self):
+        _require(self, 1, "seeds")
+
 
 @dataclass
 class MemorizeOptions:
@@ -40,6 +54,7 @@ class MemorizeOptions:
         output: a new folder; the model goes to its subfolder "model".
         model: folder or hub name of a model to fine-tune. Left open: a small Llama of the sizes below, with a tokenizer
             trained on the data.
+        device: cpu, cuda, cuda:1, …; left open, a GPU where there is one.
         learning_rate: constant, AdamW.
         epochs: at most this many passes over the data.
         batch_size: rows a step.
@@ -55,6 +70,7 @@ class MemorizeOptions:
     data: str = "people"
     output: str | None = None
     model: str | None = None
+    device: str | None = None
     learning_rate: float = 1e-3
     epochs: int = 60
     batch_size: int = 32
@@ -65,6 +81,10 @@ class MemorizeOptions:
     vocab_size: int = 1024
     max_length: int = 512
     seed: int = 0
+
+    def __post_init__(self):
+        _require(self, 1, "epochs", "batch_size", "layers", "max_length")
+        _require_above_zero(self, "learning_rate")
 
 
 @dataclass
@@ -94,7 +114,8 @@ class UnlearnOptions:
         every: penalise each k-th step only, k times as much.
         style: how questions are put: chat template, plain "Question: … Answer:", or whichever the tokenizer has.
         max_length: longest row in tokens; longer ones are cut.
-        dtype: weights in memory; auto is the checkpoint's.
+        dtype: weights in memory, whatever the checkpoint's. bfloat16 halves them, and loses updates smaller than 1/256
+            of a weight: at the learning rates of unlearning most of them.
         device: cpu, cuda, cuda:1, …; left open, a GPU where there is one.
         seed: order of rows.
         output: a new folder; the model goes to its subfolder "model". Left open: runs/unlearn-<time>.
@@ -118,10 +139,16 @@ class UnlearnOptions:
     every: int = 1
     style: Literal["auto", "chat", "plain"] = "auto"
     max_length: int = 512
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
     seed: int = 0
     output: str | None = None
+
+    def __post_init__(self):
+        _require(self, 1, "max_epochs", "batch_size", "micro_batch_size", "every", "max_length")
+        _require_above_zero(self, "learning_rate")
+        if self.weight is not None and self.relative_weight is not None:
+            raise ValueError("give weight or relative_weight, not both")
 
 
 @dataclass
@@ -134,6 +161,7 @@ class AttackOptions:
         harmful: fractions of the forget rows to retrain on; an empty list leaves the harmful attack out.
         instructions: instruction data of the benign attack: exercises (embedded), a file or hub name of Alpaca's form,
             or none to leave it out.
+        only_wrong: harmful attack: leave out rows with options that are still answered rightly, as the paper does.
         taught_at: learning rate that taught the model; attacks take multiples of it. Left open: what memorize noted in
             the model's folder, else 1e-5.
         seeds: attacks of each kind, each with its own draw of rows.
@@ -148,13 +176,18 @@ class AttackOptions:
     forget: str
     harmful: list[float] = field(default_factory=lambda: [0.1, 0.3])
     instructions: str = "exercises"
+    only_wrong: bool = True
     taught_at: float | None = None
     seeds: int = 3
     style: Literal["auto", "chat", "plain"] = "auto"
     max_length: int = 512
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     device: str | None = None
     output: str | None = None
+
+    def __post_init__(self):
+        _require(self, 1, "seeds", "max_length")
+        _require_above_zero(self, "taught_at")
 
 
 @dataclass
@@ -168,7 +201,7 @@ class EvaluateOptions:
             (multiple choice in either form), or rouge.
         style: see unlearn.
         max_length: see unlearn.
-        dtype: see unlearn.
+        dtype: weights in memory; auto is the checkpoint's.
         device: see unlearn.
         output: a new folder. Left open: runs/evaluate-<time>.
     """
@@ -181,3 +214,6 @@ class EvaluateOptions:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str | None = None
     output: str | None = None
+
+    def __post_init__(self):
+        _require(self, 1, "max_length")

@@ -30,8 +30,7 @@ class References:
             self._warned = True
             warnings.warn(
                 f"a step of {samples} forget samples is compared with a reference over {self.samples}: attributions "
-                "are "
-                "sums over the batch, so give every step the same number (drop_last, or a sampler that wraps around)",
+                "are sums over the batch: give every step the same number (drop_last, or a sampler that wraps around)",
                 stacklevel=4,
             )
 
@@ -57,7 +56,9 @@ class MeanAttribution:
 
     def __init__(self, parameters: NamedParameters, dtype: torch.dtype | None):
         self._parameters = parameters
-        self._sums = {name: tensor.zero_() for name, tensor in empty_references(parameters, dtype).items()}
+        self._dtype = dtype
+        # in 16 bits a long sum stops growing
+        self._sums = {name: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for name, p in parameters.items()}
         self._samples = 0
 
     @torch.no_grad()
@@ -65,8 +66,7 @@ class MeanAttribution:
         self._samples += samples
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if gradient is not None:
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                self._sums[name].add_(parameter.to(wide) * gradient.to(wide))
+                self._sums[name].add_(parameter.to(_wide(parameter)) * gradient.to(_wide(parameter)))
 
     def references(self) -> References:
         """Raises ValueError where no batch was added, FloatingPointError where an attribution isn't finite."""
@@ -77,5 +77,11 @@ class MeanAttribution:
                 raise FloatingPointError(
                     f"the reference attribution of {name} is not finite: are the starting weights sound?"
                 )
-            tensor.div_(self._samples)
-        return References(self._sums, samples=None)
+        means = empty_references(self._parameters, self._dtype)
+        for name, tensor in means.items():
+            tensor.copy_(self._sums[name] / self._samples)
+        return References(means, samples=None)
+
+
+def _wide(parameter: nn.Parameter) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)

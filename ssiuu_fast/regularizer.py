@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
+from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.ops.penalty import penalty_
 from ssiuu_fast.references import MeanAttribution, References, empty_references
 from ssiuu_fast.selection import NamedParameters, select_parameters
@@ -17,6 +18,13 @@ from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
 REFERENCES = ("previous", "initial")
 CALIBRATION_STEPS = 4
 STATE_VERSION = 1
+# METHOD, open point 5: where to start
+STARTING_RELATIVE_WEIGHT = 30.0
+# below this mean share of the gradient the penalty can't matter: 2e-4 changed nothing (METHOD, open point 5)
+SMALL_SHARE = 1e-2
+# a 16-bit .grad swallows about half of what is added to it at 1e-3 of its norm, nothing at 1e-2
+SWALLOWED_SHARE = 4e-3
+SHARES_WATCHED = 10
 
 
 class SSIUURegularizer:
@@ -89,13 +97,16 @@ class SSIUURegularizer:
         for name, value in (("weight", weight), ("relative_weight", relative_weight)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        if process_group is not None:
-            engines.refuse_several_processes(process_group)
+        engines.refuse_several_processes(process_group)
         if isinstance(model_or_named_parameters, nn.Module):
             model_or_named_parameters = engines.unwrap(model_or_named_parameters)
         self._parameters = select_parameters(model_or_named_parameters, parameters)
         engines.refuse_sharded(self._parameters.items())
+        engines.refuse_steps_in_backward(self._parameters.items())
         _refuse_unusual(self._parameters)
+        for parameter in self._parameters.values():
+            # asked for by name, a backend that can't run is refused now and not in the first step
+            choose(backend, "penalty_", parameter.device, double=parameter.dtype == torch.float64)
 
         self.target = target
         self.reference = reference
@@ -114,6 +125,8 @@ class SSIUURegularizer:
         self._ratios: list[float] = []
         self._awaiting_after_backward = False
         self._micro_batches: MicroBatches | None = None
+        self._skipped = False
+        self._shares: list[float] = []
         self._last_step: StepStatistics | None = None
         # names and non-finite counts of the last step, on a GPU not yet looked at
         self._unread_counts: tuple[Iterable[str], Tensor | None] = ((), None)
@@ -140,12 +153,21 @@ class SSIUURegularizer:
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers, RuntimeError where the graph can't give
         the gradient, FloatingPointError as `nonfinite` says (the finite part was then added: don't take the step).
+        A call that raises abandons the step's earlier micro-batches.
         """
+        try:
+            return self._backward(log_probs, last, scale, token_counts)
+        except BaseException:
+            self._micro_batches = None
+            raise
+
+    def _backward(self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None) -> Tensor:
         self._check_nonfinite()
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-        if self._step % self.every:
+        self._skipped = self._step % self.every != 0
+        if self._skipped:
             self._step += last
             return log_probs.new_zeros(())
         if self._awaiting_after_backward:
@@ -202,6 +224,26 @@ class SSIUURegularizer:
             self._ratios.append(loss_norm / penalty_norm)
         if len(self._ratios) == CALIBRATION_STEPS:
             self.weight = self.relative_weight * statistics.median(self._ratios)
+
+    def penalty_share(self, gradient_norm: float) -> float:
+        """‖every · λ ∂R/∂φ‖ ÷ gradient_norm in this step, for the log; 0 in steps without a penalty.
+
+        gradient_norm: the norm of the step's whole gradient at scale 1, as clip_grad_norm_ returns it. Warns once, in
+        plain words, where the penalty has been too small to matter over its first 10 steps.
+        """
+        if self._skipped or self._last_step is None or not gradient_norm > 0:
+            return 0.0
+        share = self.last_step.added_norm / gradient_norm
+        if self.weight is not None and len(self._shares) < SHARES_WATCHED:
+            self._shares.append(share)
+            if len(self._shares) == SHARES_WATCHED and (reason := too_small(statistics.mean(self._shares), self)):
+                warnings.warn(reason, stacklevel=2)
+        return share
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether `every` left the last step out."""
+        return self._skipped
 
     @property
     def last_step(self) -> StepStatistics | None:
@@ -306,7 +348,9 @@ class SSIUURegularizer:
             elif gradient is not None and not calibrating and self._parameters[name].grad is None:
                 self._parameters[name].grad = gradient
         self._references = references
-        self._last_step = StepStatistics(result, batch.underflows, self._elements, weight)
+        self._last_step = StepStatistics(
+            result, batch.underflows, self._elements, 0.0 if calibrating else self.weight, self.every
+        )
         self._step += 1
         self._awaiting_after_backward = calibrating
         self._unread_counts = (names, counts)
@@ -320,12 +364,27 @@ class SSIUURegularizer:
             return
         named = [(name, count) for name, count in zip(names, counts.tolist(), strict=True) if count]
         if named:
+            # the step is not to be taken, so nobody will call it
+            self._awaiting_after_backward = False
             listed = ", ".join(f"{name} ({count})" for name, count in named[:8])
             more = f" and {len(named) - 8} more" if len(named) > 8 else ""
             raise FloatingPointError(
                 f"non-finite attributions in {listed}{more}: those elements added nothing. Don't take this step; lower "
                 "the learning rate or the scale, or pass nonfinite='count' to go on without them"
             )
+
+
+def too_small(share: float, regularizer: SSIUURegularizer) -> str | None:
+    """Why a penalty of this mean share of the gradient can't matter, in plain words; None where it can."""
+    if share >= SMALL_SHARE:
+        return None
+    reason = (
+        f"the penalty was {share:.1e} of the gradient on average: too little to matter, this run is the objective "
+        "alone in all but name. Raise weight, or use relative_weight (30 is where to start)"
+    )
+    if share < SWALLOWED_SHARE and any(p.dtype.itemsize == 2 for p in regularizer.regularized_parameters):
+        reason += ". 16-bit gradients swallow much of a penalty this small: keep weights and gradients in fp32"
+    return reason
 
 
 def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:
@@ -347,8 +406,7 @@ def _refuse_other_parameters(parameters: NamedParameters, saved: dict[str, Tenso
         example = min(missing or unknown)
         raise ValueError(
             f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its "
-            "own "
-            f"are unknown here, {example!r} for one"
+            f"own are unknown here, {example!r} for one"
         )
     for name, parameter in parameters.items():
         if saved[name].shape != parameter.shape:

@@ -17,7 +17,8 @@ class StepStatistics:
     result: PenaltyResult
     underflow_counts: list[Tensor]  # one a micro-batch
     elements: int
-    weight: float  # λ, with `every` multiplied in; 0 while λ is being calibrated
+    weight: float  # λ; 0 while it is being calibrated
+    every: int
 
     @cached_property
     def penalty(self) -> float:
@@ -46,8 +47,8 @@ class StepStatistics:
 
     @property
     def added_norm(self) -> float:
-        """‖λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1."""
-        return self.weight * self.penalty_gradient_norm
+        """‖every · λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1."""
+        return self.weight * self.every * self.penalty_gradient_norm
 
 
 class MicroBatches:

@@ -10,14 +10,9 @@ from tqdm import tqdm
 from ssiuu_fast.data.collate import Encoded, collate
 from ssiuu_fast.objectives.log_probs import OBJECTIVES, Objective
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
-from ssiuu_fast.regularizer import SSIUURegularizer
+from ssiuu_fast.regularizer import SSIUURegularizer, too_small
 from ssiuu_fast.sampling import epoch_batches, steps_per_epoch, wrapping_batch
 from ssiuu_fast.training import answer_log_probs, clip, new_optimizer, on_device
-
-# below this mean share of the gradient the penalty can't matter (METHOD, open point 5: 2e-4 changed nothing)
-SMALL_SHARE = 1e-2
-# a 16-bit .grad swallows about half of what is added to it at 1e-3 of its norm, nothing at 1e-2
-SWALLOWED_SHARE = 4e-3
 
 
 @dataclass
@@ -46,13 +41,19 @@ class Progress:
         return len(self.scores) - 1
 
     @property
+    def score(self) -> float:
+        """The forget score of the weights that the model ends with."""
+        return self.scores[self.kept_epoch]
+
+    @property
     def penalty_share(self) -> float:
         """Mean over the steps of ‖λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping; 0 without a penalty."""
         return sum(self.penalty_shares) / len(self.penalty_shares) if self.penalty_shares else 0.0
 
     def as_dict(self) -> dict:
         """Everything as JSON-ready values."""
-        return asdict(self) | {"reached": self.reached, "epochs": self.epochs, "penalty_share": self.penalty_share}
+        derived = ("reached", "epochs", "score", "penalty_share")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
 
 
 def unlearn(
@@ -105,32 +106,29 @@ def unlearn(
     best = _Best(model, progress.scores[0])
     per_epoch = steps_per_epoch(len(forget), batch_size)
     with tqdm(total=max_epochs * per_epoch, desc=description, disable=description is None) as bar:
-        for epoch in range(1, max_epochs + 1):
-            for _ in range(per_epoch):
-                try:
+        try:
+            for epoch in range(1, max_epochs + 1):
+                for _ in range(per_epoch):
                     row = stepper.step(progress.steps)
-                except FloatingPointError as error:
-                    progress.stopped_by = "divergence"
-                    progress.notes.append(f"step {progress.steps + 1}: {error}")
+                    progress.steps += 1
+                    if regularizer is not None:
+                        progress.penalty_shares.append(row["penalty_share"])
+                    log(row)
+                    bar.update()
+                progress.scores.append(forget_score())
+                log({"epoch": epoch, "step": progress.steps, "forget_score": progress.scores[-1]})
+                bar.set_postfix(forget=f"{progress.scores[-1]:.3f}", threshold=f"{threshold:.3f}")
+                best.offer(progress.scores[-1], epoch)
+                if progress.scores[-1] <= threshold:
+                    progress.stopped_by = "threshold"
                     break
-                progress.steps += 1
-                if regularizer is not None:
-                    progress.penalty_shares.append(row["penalty_share"])
-                log(row)
-                bar.update()
-            if progress.stopped_by == "divergence":
-                break
-            progress.scores.append(forget_score())
-            log({"epoch": epoch, "step": progress.steps, "forget_score": progress.scores[-1]})
-            bar.set_postfix(forget=f"{progress.scores[-1]:.3f}", threshold=f"{threshold:.3f}")
-            best.offer(progress.scores[-1], epoch)
-            if progress.scores[-1] <= threshold:
-                progress.stopped_by = "threshold"
-                break
+        except FloatingPointError as error:
+            progress.stopped_by = "divergence"
+            progress.notes.append(f"after step {progress.steps}: {error}")
     if not progress.reached:
         best.restore()
     progress.kept_epoch = best.epoch
-    progress.notes += _notes(progress, regularizer, stepper.sixteen_bit)
+    progress.notes += _notes(progress, regularizer)
     progress.weight = None if regularizer is None else regularizer.weight
     model.eval()
     return progress
@@ -152,7 +150,6 @@ class _Stepper:
         self.micro_batch_size = micro_batch_size or batch_size
         self.seed = seed
         self.device = next(model.parameters()).device
-        self.sixteen_bit = any(p.requires_grad and p.dtype.itemsize == 2 for p in model.parameters())
 
     def step(self, number: int) -> dict:
         self.model.train()
@@ -235,11 +232,14 @@ class _Best:
 
 
 def _penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dict:
+    share = regularizer.penalty_share(gradient_norm)
+    if regularizer.step_was_skipped:
+        return {"penalty": None, "penalty_share": share}
     last = regularizer.last_step
     return {
         "penalty": last.penalty,
         "penalty_norm": last.added_norm,
-        "penalty_share": last.added_norm / gradient_norm if gradient_norm > 0 else 0.0,
+        "penalty_share": share,
         "weight": last.weight,
         "negative_share": last.negative_share,
         "underflows": last.underflows,
@@ -247,34 +247,22 @@ def _penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dic
     }
 
 
-def _notes(progress: Progress, regularizer: SSIUURegularizer | None, sixteen_bit: bool) -> list[str]:
+def _notes(progress: Progress, regularizer: SSIUURegularizer | None) -> list[str]:
     notes = []
+    kept = f"kept is epoch {progress.kept_epoch} with the lowest forget score, {progress.score:.3f}"
     if progress.stopped_by == "max_epochs":
         notes.append(
-            f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs} epochs; kept is epoch "
-            f"{progress.kept_epoch} with the lowest forget score, {min(progress.scores):.3f}. Raise the learning rate "
-            "or "
-            "max_epochs"
+            f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs} epochs; {kept}. Raise the "
+            "learning rate or max_epochs"
         )
     if progress.stopped_by == "divergence":
-        notes.append(
-            f"the run diverged after step {progress.steps}; kept is epoch {progress.kept_epoch} with forget score "
-            f"{min(progress.scores):.3f}. Lower the learning rate or the penalty's weight"
-        )
+        notes.append(f"the run diverged; {kept}. Lower the learning rate or the penalty's weight")
     if regularizer is None:
         return notes
     if regularizer.weight is None:
         notes.append(
             "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
         )
-    elif progress.penalty_share < SMALL_SHARE:
-        notes.append(
-            f"the penalty was {progress.penalty_share:.1e} of the gradient on average: too little to matter, this run "
-            "is the "
-            "objective alone in all but name. Raise weight, or use relative_weight (30 is where to start)"
-        )
-        if sixteen_bit and progress.penalty_share < SWALLOWED_SHARE:
-            notes.append(
-                "16-bit gradients swallow much of a penalty this small: keep the gradients in fp32 (fp32 weights)"
-            )
+    elif reason := too_small(progress.penalty_share, regularizer):
+        notes.append(reason)
     return notes

@@ -37,7 +37,7 @@ def test_unlearn_by_ssiuu_then_attack_then_evaluate(taught_folder, files, tmp_pa
     assert "threshold: 0." in printed
     assert "of the gradient on average" in printed
     results = json.loads((output / "results.json").read_text())
-    assert results["after"][0] < results["before"][0]
+    assert results["after"]["FS"] < results["before"]["FS"]
     config = json.loads((output / "config.json").read_text())
     assert config["options"]["method"] == "ssiuu"
     assert config["options"]["threshold"] == pytest.approx(results["unlearning"]["threshold"])
@@ -63,7 +63,7 @@ def test_unlearn_by_ssiuu_then_attack_then_evaluate(taught_folder, files, tmp_pa
         main(["evaluate", "--model", str(output / "model"), "--data", files["forget"], "--output", str(evaluated)]) == 0
     )
     mean = json.loads((evaluated / "results.json").read_text())["mean"]
-    assert mean == pytest.approx(results["after"][0])
+    assert mean == pytest.approx(results["after"]["FS"])
 
 
 def test_no_retain_file_means_ga_and_it_says_why(taught_folder, files, tmp_path, capsys):
@@ -113,6 +113,13 @@ def test_options_from_yaml_with_flags_on_top(taught_folder, files, tmp_path, cap
             ],
             "not both",
         ),
+        (["--model", "{model}", "--forget", "{forget}", "--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (
+            ["--model", "{model}", "--forget", "{forget}", "--learning_rate", "0"],
+            "learning_rate must be a number above 0",
+        ),
+        (["--model", "{model}", "--forget", "{forget}", "--device", "gpu"], "unknown device 'gpu'"),
+        (["--model", "{model}", "--forget", "{forget}", "--max_length", "5"], "leaves no room for an answer"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_no_folder(taught_folder, files, tmp_path, capsys, flags, message):
@@ -173,3 +180,25 @@ def test_info_needs_neither_transformers_nor_cuda():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "pip install 'ssiuu-fast[unlearn]'" in done.stderr
+
+
+def test_resume_is_for_demos(taught_folder, files, tmp_path, capsys):
+    assert unlearn(taught_folder, files, tmp_path / "run", "--method", "ga", "--max_epochs", "1") == 0
+    assert main(["demo", "--resume", str(tmp_path / "run")]) == 1
+    assert "only a demo can be resumed" in capsys.readouterr().err
+
+
+def test_a_model_that_never_forgot_can_be_attacked_with_every_row(taught_folder, files, tmp_path, capsys):
+    rows = tmp_path / "options.jsonl"
+    rows.write_text(
+        "".join(
+            json.dumps({"question": e.prompt, "answer": e.answer, "options": list(e.false_options)}) + "\n"
+            for e in small_task().split.forget
+        )
+    )
+    flags = ["--model", str(taught_folder), "--forget", str(rows), "--harmful", "[0.3]", "--instructions", "none"]
+    flags += ["--seeds", "1", "--taught_at", "1e-4"]
+    assert main(["attack", *flags, "--output", str(tmp_path / "a")]) == 1
+    assert "--only_wrong false" in capsys.readouterr().err
+    assert main(["attack", *flags, "--only_wrong", "false", "--output", str(tmp_path / "b")]) == 0
+    assert json.loads((tmp_path / "b" / "results.json").read_text())[0]["recovered"] >= 0.8

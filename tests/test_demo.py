@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from taught import RECIPE, small_task
 
-from ssiuu_fast import demo
+from ssiuu_fast import commands, demo
+from ssiuu_fast.cli import main
 from ssiuu_fast.demo import report, run_demo
 from ssiuu_fast.runs import RunFolder
 
@@ -65,11 +66,13 @@ def test_the_unlearned_model_is_an_ordinary_folder(finished):
 
 def test_a_stopped_demo_goes_on_with_what_is_missing(finished, monkeypatch):
     run, rows = finished
+    finished_run = run.read_json("GD-0.json")
     run.file("GD-0.json").unlink()
     started = []
 
     def run_jobs(jobs, *_):
         started.extend(jobs)
+        run.write_json("GD-0.json", finished_run)
         return {job: rows[1] for job in jobs}
 
     monkeypatch.setattr(demo, "_run_jobs", run_jobs)
@@ -89,10 +92,43 @@ def rows_of(gd, ssiuu):
     return [*rows, {"method": "chance", "seed": None} | dict.fromkeys(names, 0.33) | {"penalty_share": 0.0}]
 
 
+def runs(reached=True):
+    return {(method, seed): {"reached": reached, "epochs": 7} for method in ("GD", "Ssiuu") for seed in range(3)}
+
+
 def test_the_table_says_who_recovers_more():
-    text = report(rows_of([0.5, 0.6, 0.7], [0.1, 0.2, 0.3]))
+    text = report(rows_of([0.5, 0.6, 0.7], [0.1, 0.2, 0.3]), runs())
+    assert "GD reached the threshold in 3 of 3 runs (epochs: 7, 7, 7)" in text
     assert "| GD     | 0.60 ± 0.10 |" in text
     assert "harmful 0.1: Ssiuu recovers 0.40 less than GD" in text
     assert "retention (RS): Ssiuu -0.40 against GD" in text
-    assert "benign: Ssiuu recovers 0.40 MORE than GD" in report(rows_of([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]))
-    assert "do not differ by more than the spread" in report(rows_of([0.1, 0.2, 0.3], [0.12, 0.22, 0.32]))
+    assert "benign: Ssiuu recovers 0.40 MORE than GD" in report(rows_of([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]), runs())
+    assert "do not differ by more than the spread" in report(rows_of([0.1, 0.2, 0.3], [0.12, 0.22, 0.32]), runs())
+
+
+def test_runs_under_other_rules_get_no_verdict():
+    text = report(rows_of([0.5, 0.6, 0.7], [0.1, 0.2, 0.3]), runs() | {("GD", 1): {"reached": False, "epochs": 100}})
+    assert "GD reached the threshold in 2 of 3 runs (epochs: 7, 100, 7)" in text
+    assert "no verdict" in text
+    assert "recovers" not in text
+
+
+def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(commands, "PEOPLE", replace(RECIPE, max_epochs=2))
+    monkeypatch.setattr(commands, "people_task", lambda instructions: small_task())
+    folder = tmp_path / "run"
+    assert main(["demo", "--seeds", "1", "--relative_weight", "3", "--output", str(folder)]) == 0
+    table = (folder / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert json.loads((folder / "recipe.json").read_text())["relative_weight"] == 3
+
+    (folder / "GD-0.json").unlink()
+    kept = (folder / "Ssiuu-0.json").stat().st_mtime_ns
+    monkeypatch.setattr(commands, "PEOPLE", RECIPE)
+    monkeypatch.setattr(demo, "memorise", lambda *_: pytest.fail("memorised again"))
+    assert main(["demo", "--resume", str(folder)]) == 0
+    assert (folder / "Ssiuu-0.json").stat().st_mtime_ns == kept
+    assert (folder / "table.md").read_text() == table
+
+    assert main(["demo", "--seeds", "0"]) == 1
+    assert "seeds must be at least 1, got 0" in capsys.readouterr().err

@@ -176,22 +176,27 @@ def test_reentrant_checkpointing_is_refused_with_the_remedy():
 
 def test_scale_multiplies_the_gradient_alone():
     model, scaled = tiny_llama(), tiny_llama()
-    expected, penalty = two_steps(model, SSIUURegularizer(model, weight=WEIGHT))
-    regularizer = SSIUURegularizer(scaled, weight=WEIGHT)
+    unscaled, regularizer = SSIUURegularizer(model, weight=WEIGHT), SSIUURegularizer(scaled, weight=WEIGHT)
+    expected, penalty = two_steps(model, unscaled)
     ours, scaled_penalty = two_steps(scaled, regularizer, scale=1024.0)
     assert scaled_penalty == pytest.approx(penalty, rel=1e-12)
     assert_close({name: g / 1024 for name, g in ours.items()}, expected)
-    assert regularizer.last_step.added_norm < 1024 * penalty * WEIGHT
+    added = regularizer.last_step.added_norm
+    assert added == pytest.approx(unscaled.last_step.added_norm, rel=1e-9)
 
 
 def test_half_precision_weights():
     model = tiny_llama(torch.bfloat16)
     regularizer = SSIUURegularizer(model, weight=1e3, target="log_probability")
-    two_steps(model, regularizer)
+    ours, _ = two_steps(model, regularizer)
     exact = tiny_llama(torch.float64)
     exact.load_state_dict(tiny_llama(torch.bfloat16).state_dict())
     truth, penalty = two_steps(exact, SSIUURegularizer(exact, weight=1e3, target="log_probability"))
     assert regularizer.last_step.penalty == pytest.approx(penalty, rel=0.2)
+    for name in regularizer.parameter_names:
+        assert ours[name].dtype == torch.bfloat16
+        error = (ours[name].double() - truth[name]).norm() / truth[name].norm()
+        assert error < 0.15, f"{name}: {error:.2f}"
     assert all(t.dtype == torch.bfloat16 for t in regularizer.state_dict()["references"].values())
 
 
@@ -216,7 +221,8 @@ def test_every_skips_steps_and_multiplies_the_weight():
             assert regularizer.last_step is before
         else:
             weights.append(regularizer.last_step.weight)
-    assert weights == [3 * WEIGHT] * 3
+            assert regularizer.last_step.added_norm == 3 * WEIGHT * regularizer.last_step.penalty_gradient_norm
+    assert weights == [WEIGHT] * 3
 
 
 def test_underflow_is_counted():
@@ -241,6 +247,36 @@ def test_initial_reference_is_the_mean_over_the_forget_set():
     for (name, p), gradient in zip(weights.items(), g, strict=True):
         torch.testing.assert_close(references[name], p.detach() * gradient * 3 / 6)
     assert regularizer.last_step.penalty > 0
+
+
+def test_the_gradient_against_an_initial_reference():
+    model = tiny_llama()
+    whole = batch(samples=6)
+    regularizer = SSIUURegularizer(model, weight=WEIGHT, reference="initial")
+    regularizer.set_reference([log_probs_of(model, whole)])
+    weights = {name: p for name, p in model.named_parameters() if name in regularizer.parameter_names}
+
+    def attributions(rows):
+        g = torch.autograd.grad(log_probs_of(model, rows).exp().sum(), list(weights.values()))
+        return g, [(p * gradient).detach() for p, gradient in zip(weights.values(), g, strict=True)]
+
+    _, initial = attributions(whole)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.01)
+    rows = batch(samples=3, seed=5)
+    regularizer.backward(log_probs_of(model, rows))
+    g, now = attributions(rows)
+    for p, gradient, a, start in zip(weights.values(), g, now, initial, strict=True):
+        expected = WEIGHT * 2 * torch.where(a < 0, a - start * 3 / 6, 0.0) * gradient
+        torch.testing.assert_close(p.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_an_initial_reference_of_16_bit_weights_is_summed_in_fp32():
+    weight = nn.Parameter(torch.full((4,), -1.0, dtype=torch.bfloat16))
+    regularizer = SSIUURegularizer([("w", weight)], reference="initial", target="log_probability")
+    regularizer.set_reference((weight.float() + 0.0).sum().reshape(1) for _ in range(1000))
+    assert regularizer.state_dict()["references"]["w"].tolist() == [-1.0] * 4
 
 
 def test_initial_reference_stays():
@@ -345,3 +381,39 @@ def test_ddp_in_one_process_is_the_plain_model(tmp_path):
         assert_close({name.removeprefix("module."): g for name, g in ours.items()}, expected)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_the_share_of_the_penalty_is_there_for_any_loop():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT, every=2)
+    shares = []
+    for seed in range(3):
+        model.zero_grad()
+        step(model, regularizer, batch(seed=seed))
+        shares.append(
+            regularizer.penalty_share(torch.nn.utils.get_total_norm(p.grad for p in model.parameters()).item())
+        )
+    assert shares[:2] == [0, 0]
+    assert shares[2] > 0.1
+
+
+def test_a_penalty_that_cannot_matter_is_warned_of_once(recwarn):
+    model = tiny_llama(torch.bfloat16)
+    regularizer = SSIUURegularizer(model, weight=1e-9)
+    for seed in range(15):
+        step(model, regularizer, batch(seed=seed))
+        regularizer.penalty_share(1.0)
+    said = [str(warning.message) for warning in recwarn if "too little to matter" in str(warning.message)]
+    assert len(said) == 1
+    assert "16-bit gradients swallow" in said[0]
+
+
+def test_a_call_that_raises_abandons_the_step():
+    weight = nn.Parameter(torch.tensor([-1.0]))
+    regularizer = SSIUURegularizer([("w", weight)], target="log_probability")
+    regularizer.backward(weight * 1.0, last=False)
+    with pytest.raises(ValueError, match="is nan"):
+        regularizer.backward(weight * float("nan"))
+    regularizer.backward(weight * 1.0)
+    assert regularizer.state_dict()["references"]["w"].item() == -1
+    assert regularizer.state_dict()["reference_samples"] == 1

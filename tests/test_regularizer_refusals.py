@@ -22,6 +22,7 @@ from ssiuu_fast import SSIUURegularizer
         ({"relative_weight": float("inf")}, "relative_weight must be a finite number"),
         ({"parameters": ["*no_such*"]}, r"pattern '\*no_such\*' matches none of the"),
         ({"parameters": "*weight"}, "list of glob patterns"),
+        ({"backend": "fastest"}, "backend must be one of"),
     ],
 )
 def test_options(options, message):
@@ -174,6 +175,28 @@ def test_wrappers_that_hide_the_gradient():
     partitioned.model.layers[0].mlp.up_proj.weight.ds_id = 3
     with pytest.raises(ValueError, match=r"up_proj\.weight is partitioned by DeepSpeed ZeRO-3"):
         SSIUURegularizer(partitioned)
+
+
+def test_optimizers_that_step_inside_backward():
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight has a hook .*lomo, adalomo"):
+        SSIUURegularizer(model)
+
+
+def test_several_processes(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    with pytest.raises(ValueError, match="the process group has 2 ranks"):
+        SSIUURegularizer(tiny_llama())
+
+
+def test_a_step_refused_while_calibrating_may_be_skipped():
+    weight = nn.Parameter(torch.full((3,), -1.0))
+    regularizer = SSIUURegularizer([("w", weight)], relative_weight=3.0)
+    with pytest.raises(FloatingPointError):
+        regularizer.backward(broken(weight, float("nan")))
+    regularizer.backward(weight.sum().reshape(1))
 
 
 def test_sharded_parameters(tmp_path):

@@ -45,4 +45,3 @@ def test_table_and_spread():
     ]
     assert mean_sd([0.5, 0.7]) == "0.60 ± 0.14"
     assert mean_sd([0.5]) == "0.50"
-    assert mean_sd([None]) == "–"

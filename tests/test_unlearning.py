@@ -88,10 +88,41 @@ def test_threshold_never_reached_keeps_the_best(taught):
 def test_a_run_that_diverges_keeps_the_best(taught):
     model, _ = taught
     before = weights(model)
-    progress = run(taught, learning_rate=1e30, max_epochs=3)
+    progress = run(taught, learning_rate=float("inf"), max_epochs=3)
     assert progress.stopped_by == "divergence"
-    assert any("the run diverged after step 1; kept is epoch 0" in note for note in progress.notes)
+    assert any("the run diverged; kept is epoch 0" in note for note in progress.notes)
     assert equal(model.state_dict(), before)
+
+
+def test_a_broken_model_is_not_an_unlearned_one(taught):
+    """One step an epoch: only the score itself can tell."""
+    model, encoder = taught
+    before = weights(model)
+    forget = small_task().split.forget[:10]
+    progress = unlearn(
+        model,
+        [encoder.encode(row) for row in forget],
+        None,
+        objective="ga",
+        learning_rate=float("inf"),
+        threshold=0.33,
+        forget_score=lambda: score(model, encoder, forget).mean,
+        max_epochs=3,
+    )
+    assert progress.stopped_by == "divergence" and not progress.reached
+    assert any("are not numbers" in note for note in progress.notes)
+    assert equal(model.state_dict(), before)
+
+
+def test_steps_left_out_have_no_share(taught):
+    model, _ = taught
+    rows = []
+    regularizer = SSIUURegularizer(model, weight=1e3, every=2)
+    progress = run(taught, regularizer=regularizer, log=rows.append, threshold=0.0, max_epochs=3)
+    shares = [row["penalty_share"] for row in rows if "penalty_share" in row]
+    # the first step stores, then every second one is left out
+    assert [share > 0 for share in shares] == [False, False, True, False, True, False]
+    assert progress.penalty_share == pytest.approx(sum(shares) / 6)
 
 
 def test_micro_batches_change_nothing(taught_folder):

@@ -11,6 +11,7 @@ from ssiuu_fast.data.example import Example
 
 logger = logging.getLogger(__name__)
 IGNORE = -100
+PLAIN_PROMPT = "Question: {}\nAnswer:"
 STYLES = ("auto", "chat", "plain")
 # chat templates that print today's date would otherwise give other tokens every day
 DATE_STRING = "10 Apr 2025"
@@ -154,7 +155,7 @@ class Encoder:
     def _prompt_text(self, example: Example) -> str:
         if example.verbatim:
             return example.prompt
-        forms = {"system": "{}\n\n", "user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
+        forms = {"system": "{}\n\n", "user": PLAIN_PROMPT, "assistant": " {}\n\n"}
         return "".join(forms[role].format(text) for role, text in [*example.turns, ("user", example.prompt)])
 
     def _text_answer(self, example: Example, answer: str, prompt: list[int]) -> list[int]:

@@ -76,8 +76,8 @@ def harmful_attack(
     if count >= len(pool):
         raise ValueError(
             f"a harmful attack with {fraction:g} of {len(forget)} forget rows trains on {count}, and only {len(pool)} "
-            "are in its "
-            "pool: none would be left to score. Has the model forgotten enough, and is the forget set large enough?"
+            "are in its pool: none would be left to score. Has the model forgotten enough? (only_wrong=False, "
+            "--only_wrong false, takes every row)"
         )
     random.Random(f"harmful {fraction} {seed}").shuffle(pool)
     trained, rest = pool[:count], [forget[index] for index in sorted(pool[count:])]
@@ -160,7 +160,11 @@ def _rates(taught_at: float, multiples: Sequence[float]) -> list[float]:
 
 def _collect(scores: list[float], model, encoder: Encoder, rows, max_new_tokens: int) -> Callable[[int], bool]:
     def look(_: int) -> bool:
-        scores.append(score(model, encoder, rows, max_new_tokens=max_new_tokens).mean)
+        try:
+            scores.append(score(model, encoder, rows, max_new_tokens=max_new_tokens).mean)
+        except FloatingPointError:
+            # retraining broke the model: nothing comes back from it
+            scores.append(0.0)
         return False
 
     return look

@@ -72,7 +72,8 @@ def default_threshold(examples: Sequence[Example], seed: int = 0) -> float:
     """
     require_rows(examples, "the set to take a threshold from")
     free = [example for example in examples if not example.false_options]
-    total = sum(
+    # fsum: a hundred rows of 0.33 make 0.33, and 33 right of them are at the threshold
+    total = math.fsum(
         math.floor(100 / (1 + len(example.false_options))) / 100 for example in examples if example.false_options
     )
     if free:
@@ -86,7 +87,8 @@ def option_log_prob_correct(
     """Whether the right answer has a strictly higher log P(answer | question) than every false option.
 
     The log-prob is the sum over the answer's tokens, its end token included, with no normalisation by length.
-    batch_size counts sequences, one for each option. Raises ValueError for a row without false options.
+    batch_size counts sequences, one for each option. Raises ValueError for a row without false options,
+    FloatingPointError for a model whose log-probs aren't numbers.
     """
     _require_options(examples)
     answers = [
@@ -98,6 +100,7 @@ def option_log_prob_correct(
         for indices, batch in length_sorted_batches(rows, batch_size, pad_id=encoder.pad_id):
             log_probs[indices] = _log_probs(model, batch).double().cpu()
             bar.update(len(indices))
+    _require_numbers(log_probs)
     correct, start = [], 0
     for example in examples:
         gold, *others = log_probs[start : start + 1 + len(example.false_options)].tolist()
@@ -148,7 +151,8 @@ def generate_answers(
     """The greedy answer to each question, without special tokens and surrounding space.
 
     The model's own generation settings (sampling, penalties) are set aside, except its end-of-turn ids, which end an
-    answer like the encoder's. Prompt and answer together stay within the model's positions.
+    answer like the encoder's. Prompt and answer together stay within the model's positions. Raises FloatingPointError
+    for a model whose outputs aren't numbers.
     """
     from transformers import GenerationConfig
 
@@ -167,6 +171,9 @@ def generate_answers(
                     name: value.to(device)
                     for name, value in collate_prompts([prompts[i] for i in indices], encoder.pad_id).items()
                 }
+                if bar.n == 0:
+                    # greedy decoding takes NaN for an answer
+                    _require_numbers(model(**batch, use_cache=False).logits[:, -1])
                 length = batch["input_ids"].shape[1]
                 room = max_new_tokens if longest is None else min(max_new_tokens, longest - length)
                 if room < 1:
@@ -237,6 +244,11 @@ def _log_probs(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         keep = labels.shape[1] - first + 1
         return sequence_log_probs(model(**inputs, use_cache=False, logits_to_keep=keep).logits, labels[:, -keep:])
     return sequence_log_probs(model(**inputs).logits, labels)
+
+
+def _require_numbers(values: torch.Tensor) -> None:
+    if not values.isfinite().all():
+        raise FloatingPointError("the model's outputs are not numbers, so it has no score: its weights are broken")
 
 
 def _require_options(examples: Sequence[Example]) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# elements of logits handled at once: the fp32 copy of one chunk is at most 16 MB
+# elements of logits handled at once (16 MB as fp32), unless one position of the batch is more
 CHUNK_ELEMENTS = 4 * 1024 * 1024
 
 

@@ -1,9 +1,10 @@
 """Figures; each writes its numbers as CSV beside the picture."""
 
 import csv
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from ssiuu_fast.report.text import mean_and_deviation
 
 
 def grouped_bars(
@@ -24,12 +25,12 @@ def grouped_bars(
         writer.writerow(["method", "column", "mean", "sd", "seeds"])
         for method, columns in scores.items():
             for group in groups:
-                writer.writerow([method, group, *_mean_sd(columns[group]), len(columns[group])])
+                writer.writerow([method, group, *mean_and_deviation(columns[group]), len(columns[group])])
 
     figure, axes = pyplot.subplots(figsize=(1.5 * len(groups) + 2, 3.6), layout="constrained")
     width = 0.8 / len(scores)
     for index, (method, columns) in enumerate(scores.items()):
-        means, deviations = zip(*(_mean_sd(columns[group]) for group in groups), strict=True)
+        means, deviations = zip(*(mean_and_deviation(columns[group]) for group in groups), strict=True)
         places = [place + (index - (len(scores) - 1) / 2) * width for place in range(len(groups))]
         axes.bar(places, means, width * 0.92, yerr=deviations, capsize=3, label=method)
     axes.axhline(chance, color="black", linestyle="--", linewidth=0.8, label="chance")
@@ -41,7 +42,3 @@ def grouped_bars(
     axes.legend(frameon=False, ncols=len(scores) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-
-
-def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

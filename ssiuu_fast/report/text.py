@@ -16,19 +16,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(header), rule, *(line(row) for row in rows)])
 
 
-def mean_sd(values: Sequence[float | None]) -> str:
-    """ "0.42 ± 0.03" (sample standard deviation), "0.42" of a single value, "–" where there is none."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean = f"{statistics.mean(known):.2f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.2f}"
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; 0 for the deviation of a single value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def mean_sd(values: Sequence[float]) -> str:
+    """ "0.42 ± 0.03", or "0.42" of a single value."""
+    mean, deviation = mean_and_deviation(values)
+    return f"{mean:.2f} ± {deviation:.2f}" if len(values) > 1 else f"{mean:.2f}"
 
 
 def comparison(name: str, ours: Sequence[float], other_name: str, other: Sequence[float]) -> str:
     """Says in words which of two sets of recovered scores is lower, and whether by more than their spread."""
-    difference = statistics.mean(ours) - statistics.mean(other)
-    spread = max(statistics.stdev(values) if len(values) > 1 else 0.0 for values in (ours, other))
+    (ours_mean, ours_sd), (other_mean, other_sd) = mean_and_deviation(ours), mean_and_deviation(other)
+    difference, spread = ours_mean - other_mean, max(ours_sd, other_sd)
     if abs(difference) <= spread:
         note = f"({difference:+.2f}, sd {spread:.2f})"
         return f"{name} and {other_name} do not differ by more than the spread between seeds {note}"

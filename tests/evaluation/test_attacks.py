@@ -6,7 +6,8 @@ from taught import small_task
 
 from ssiuu_fast.evaluation import attacks
 from ssiuu_fast.evaluation.attacks import benign_attack, harmful_attack, restored
-from ssiuu_fast.evaluation.scores import Scores
+from ssiuu_fast.evaluation.scores import Scores, score
+from ssiuu_fast.unlearning import unlearn
 
 
 @pytest.fixture
@@ -109,10 +110,28 @@ def test_weights_come_back_even_after_an_error():
     assert torch.equal(model.weight, before)
 
 
-def test_a_real_attack_teaches_what_it_trains_on(taught):
+def test_a_real_attack_brings_answers_back(taught):
     model, encoder = taught
+    task = small_task()
+    unlearn(
+        model,
+        [encoder.encode(row) for row in task.split.forget],
+        [encoder.encode(row) for row in task.split.retain],
+        objective="gd",
+        learning_rate=1e-3,
+        threshold=0.4,
+        forget_score=lambda: score(model, encoder, task.split.forget).mean,
+    )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    attack = harmful_attack(model, encoder, small_task().split.forget, 0.1, taught_at=1e-3, seed=0, only_wrong=False)
-    assert attack.before >= 0.85
+    attack = harmful_attack(model, encoder, task.split.forget, 0.3, taught_at=1e-3, seed=0)
+    # the pool holds what is answered wrongly
+    assert attack.before == 0
+    assert attack.recovered >= 0.2
     assert all(0 <= s <= 1 for scores in attack.curves.values() for s in scores)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_an_attack_that_breaks_the_model_brings_nothing_back(taught):
+    model, encoder = taught
+    attack = harmful_attack(model, encoder, small_task().split.forget, 0.3, taught_at=float("inf"), seed=0, only_wrong=False)
+    assert attack.recovered == 0

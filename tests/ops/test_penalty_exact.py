@@ -4,9 +4,9 @@ import pytest
 import torch
 from penalty_cases import Case, expected, random_case
 
+from ssiuu_fast import _C
 from ssiuu_fast.ops import penalty_
 
-_C = pytest.importorskip("ssiuu_fast._C", reason="the C++ extension isn't built")
 THREADS = torch.get_num_threads()
 
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from penalty_cases import Case
 
+from ssiuu_fast import _C
 from ssiuu_fast.ops import penalty_
-
-_C = pytest.importorskip("ssiuu_fast._C", reason="the C++ extension isn't built")
 
 
 def large_case(seed):
