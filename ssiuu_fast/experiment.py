@@ -68,9 +68,7 @@ class Recipe:
 
 PEOPLE = Recipe(
     hidden_size=128, layers=2, heads=4, vocab_size=1024, max_positions=128,
-    teaching_rate=1e-3, teaching_epochs=60, teaching_batch_size=32, known_at=0.99, unlearning_rate=1e-4,
-    # at 30 this model doesn't reach the threshold within 100 epochs
-    relative_weight=10.0,
+    teaching_rate=1e-3, teaching_epochs=60, teaching_batch_size=32, known_at=0.95, unlearning_rate=1e-4,
 )  # fmt: skip
 TOFU = Recipe(
     hidden_size=256, layers=6, heads=4, vocab_size=4096, max_positions=512,

@@ -28,7 +28,7 @@ class DemoOptions:
         instructions: instruction data of the benign attack: exercises (embedded), or a file or hub name of Alpaca's
             form. Left open: exercises with people, tatsu-lab/alpaca with tofu.
         seeds: unlearning runs of each method; a seed has its own order of rows and its own attack sets.
-        relative_weight: Ssiuu's penalty relative to the gradient at the start. Left open: 10 with people, 30 with tofu.
+        relative_weight: Ssiuu's penalty relative to the gradient at the start; 30 if left open.
         output: a new folder for everything that is written. Left open: runs/demo-<time>.
         resume: folder of a stopped demo to go on with; its own options are used, and all others here are ignored.
     """
