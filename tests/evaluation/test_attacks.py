@@ -133,5 +133,6 @@ def test_a_real_attack_brings_answers_back(taught):
 
 def test_an_attack_that_breaks_the_model_brings_nothing_back(taught):
     model, encoder = taught
-    attack = harmful_attack(model, encoder, small_task().split.forget, 0.3, taught_at=float("inf"), seed=0, only_wrong=False)
+    forget = small_task().split.forget
+    attack = harmful_attack(model, encoder, forget, 0.3, taught_at=float("inf"), seed=0, only_wrong=False)
     assert attack.recovered == 0
