@@ -12,6 +12,7 @@ from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.ops.penalty import penalty_
 from ssiuu_fast.references import MeanAttribution, References, empty_references
 from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatches, StepStatistics, gradient_norm
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
 
@@ -20,11 +21,6 @@ CALIBRATION_STEPS = 4
 STATE_VERSION = 1
 # METHOD, open point 5: where to start
 STARTING_RELATIVE_WEIGHT = 30.0
-# below this mean share of the gradient the penalty can't matter: 2e-4 changed nothing (METHOD, open point 5)
-SMALL_SHARE = 1e-2
-# a 16-bit .grad swallows about half of what is added to it at 1e-3 of its norm, nothing at 1e-2
-SWALLOWED_SHARE = 4e-3
-SHARES_WATCHED = 10
 
 
 class SSIUURegularizer:
@@ -126,7 +122,7 @@ class SSIUURegularizer:
         self._awaiting_after_backward = False
         self._micro_batches: MicroBatches | None = None
         self._skipped = False
-        self._shares: list[float] = []
+        self._share_watch = ShareWatch(self.regularized_parameters)
         self._last_step: StepStatistics | None = None
         # names and non-finite counts of the last step, on a GPU not yet looked at
         self._unread_counts: tuple[Iterable[str], Tensor | None] = ((), None)
@@ -234,10 +230,8 @@ class SSIUURegularizer:
         if self._skipped or self._last_step is None or not gradient_norm > 0:
             return 0.0
         share = self.last_step.added_norm / gradient_norm
-        if self.weight is not None and len(self._shares) < SHARES_WATCHED:
-            self._shares.append(share)
-            if len(self._shares) == SHARES_WATCHED and (reason := too_small(statistics.mean(self._shares), self)):
-                warnings.warn(reason, stacklevel=2)
+        if self.weight is not None:
+            self._share_watch.see(share)
         return share
 
     @property
@@ -372,19 +366,6 @@ class SSIUURegularizer:
                 f"non-finite attributions in {listed}{more}: those elements added nothing. Don't take this step; lower "
                 "the learning rate or the scale, or pass nonfinite='count' to go on without them"
             )
-
-
-def too_small(share: float, regularizer: SSIUURegularizer) -> str | None:
-    """Why a penalty of this mean share of the gradient can't matter, in plain words; None where it can."""
-    if share >= SMALL_SHARE:
-        return None
-    reason = (
-        f"the penalty was {share:.1e} of the gradient on average: too little to matter, this run is the objective "
-        "alone in all but name. Raise weight, or use relative_weight (30 is where to start)"
-    )
-    if share < SWALLOWED_SHARE and any(p.dtype.itemsize == 2 for p in regularizer.regularized_parameters):
-        reason += ". 16-bit gradients swallow much of a penalty this small: keep weights and gradients in fp32"
-    return reason
 
 
 def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:

@@ -10,8 +10,9 @@ from tqdm import tqdm
 from ssiuu_fast.data.collate import Encoded, collate
 from ssiuu_fast.objectives.log_probs import OBJECTIVES, Objective
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
-from ssiuu_fast.regularizer import SSIUURegularizer, too_small
+from ssiuu_fast.regularizer import SSIUURegularizer
 from ssiuu_fast.sampling import epoch_batches, steps_per_epoch, wrapping_batch
+from ssiuu_fast.share import too_small
 from ssiuu_fast.training import answer_log_probs, clip, new_optimizer, on_device
 
 
@@ -263,6 +264,6 @@ def _notes(progress: Progress, regularizer: SSIUURegularizer | None) -> list[str
         notes.append(
             "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
         )
-    elif reason := too_small(progress.penalty_share, regularizer):
+    elif reason := too_small(progress.penalty_share, regularizer.regularized_parameters):
         notes.append(reason)
     return notes
