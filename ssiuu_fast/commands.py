@@ -16,14 +16,13 @@ from ssiuu_fast.demo import run_demo
 from ssiuu_fast.evaluation import scores
 from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
 from ssiuu_fast.experiment import (
-    INITIALIZER_RANGE,
     PEOPLE,
     TOFU,
     Recipe,
     Task,
     people_task,
+    small_llama,
     teach,
-    templated,
     tofu_task,
 )
 from ssiuu_fast.options import (
@@ -66,15 +65,14 @@ def memorize(options: MemorizeOptions) -> None:
     """Train a model to know a data set, so that there is something to unlearn."""
     rows = load_examples(options.data)
     if options.model is None:
-        tokenizer = models.train_tokenizer(templated(rows), options.vocab_size)
-        model = models.new_llama(
-            tokenizer,
-            options.hidden_size,
-            options.layers,
-            options.heads,
+        model, tokenizer = small_llama(
+            rows,
+            vocab_size=options.vocab_size,
+            hidden_size=options.hidden_size,
+            layers=options.layers,
+            heads=options.heads,
             max_positions=options.max_length,
             seed=options.seed,
-            initializer_range=INITIALIZER_RANGE,
         )
     else:
         # in fp32 whatever the checkpoint's: 16-bit weights lose most updates

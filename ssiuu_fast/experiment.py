@@ -94,14 +94,13 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
 
     Returns what was measured: scores of the forget set and of everything, epochs, parameters.
     """
-    tokenizer = models.train_tokenizer(templated((*task.split.memorised, *task.instructions)), recipe.vocab_size)
-    model = models.new_llama(
-        tokenizer,
-        recipe.hidden_size,
-        recipe.layers,
-        recipe.heads,
+    model, tokenizer = small_llama(
+        (*task.split.memorised, *task.instructions),
+        vocab_size=recipe.vocab_size,
+        hidden_size=recipe.hidden_size,
+        layers=recipe.layers,
+        heads=recipe.heads,
         max_positions=recipe.max_positions,
-        initializer_range=INITIALIZER_RANGE,
     )
     model.to(models.default_device())
     encoder = Encoder(tokenizer, max_length=recipe.max_positions)
@@ -129,6 +128,12 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
 def templated(rows: Iterable[Example]) -> Iterator[str]:
     """The texts as the plain prompt shows them, so that a tokenizer trained on them knows its words."""
     return (f"{PLAIN_PROMPT.format(row.prompt)} {row.answer}" for row in rows)
+
+
+def small_llama(rows: Iterable[Example], *, vocab_size: int, **sizes):
+    """(model, tokenizer): an untrained Llama of these sizes (`models.new_llama`), its tokenizer trained on rows."""
+    tokenizer = models.train_tokenizer(templated(rows), vocab_size)
+    return models.new_llama(tokenizer, initializer_range=INITIALIZER_RANGE, **sizes), tokenizer
 
 
 def teach(

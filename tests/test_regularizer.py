@@ -6,7 +6,8 @@ import warnings
 
 import pytest
 import torch
-from tiny import batch, log_probs_of, part, tiny_llama
+from steps import gradients, step
+from tiny import batch, log_probs_of, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer, answer_token_counts
@@ -48,7 +49,7 @@ def algorithm_1(
     chosen = block_weights(model, part)
     stored = None
     gradients, penalties = [], []
-    for step, rows in enumerate(batches):
+    for number, rows in enumerate(batches):
         counts = answer_token_counts(rows["labels"])
         loss = dict(
             zip(
@@ -58,7 +59,7 @@ def algorithm_1(
             )
         )
         penalty = 0.0
-        if step % every == 0:
+        if number % every == 0:
             g = torch.autograd.grad(target_of(log_probs_of(model, rows), counts, target), list(chosen.values()))
             attribution = {name: (p * gradient).detach() for (name, p), gradient in zip(chosen.items(), g, strict=True)}
             for name, gradient in zip(chosen, g, strict=True):
@@ -82,30 +83,22 @@ def descend(model, gradients, rate=0.5):
             p -= rate * gradients[name]
 
 
-def regularized(model, batches, regularizer, micro_batches=1):
-    gradients, penalties = [], []
+def regularized(model, batches, regularizer):
+    collected, penalties = [], []
     for rows in batches:
         model.zero_grad()
-        size = -(-len(rows["labels"]) // micro_batches)
-        tokens = answer_token_counts(rows["labels"]).sum()
-        for index in range(micro_batches):
-            some = part(rows, index * size, (index + 1) * size)
-            log_probs = log_probs_of(model, some)
-            counts = answer_token_counts(some["labels"])
-            penalty = regularizer.backward(log_probs, last=index == micro_batches - 1, token_counts=counts)
-            (log_probs.sum() / tokens).backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
-        penalties.append(penalty.item())
-        descend(model, gradients[-1])
-    return gradients, penalties
+        penalties.append(step(model, regularizer, rows))
+        collected.append(gradients(model))
+        descend(model, collected[-1])
+    return collected, penalties
 
 
 def assert_same_gradients(ours, truth, bound):
-    for step, (a, b) in enumerate(zip(ours, truth, strict=True)):
+    for number, (a, b) in enumerate(zip(ours, truth, strict=True)):
         assert a.keys() == b.keys()
         for name in b:
             error = (a[name] - b[name]).abs().max() / b[name].abs().max()
-            assert error <= bound, f"step {step}, {name}: {error:.2e}"
+            assert error <= bound, f"step {number}, {name}: {error:.2e}"
 
 
 def penalty_norm_share(model, batches, weight, **options):
