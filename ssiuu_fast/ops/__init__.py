@@ -2,15 +2,18 @@
 
 from ssiuu_fast.ops.backends import availability
 from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, neuron_attribution
+from ssiuu_fast.ops.neuron_penalty import NeuronPenalty, neuron_penalty
 from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs
 
 __all__ = [
     "NeuronAttribution",
+    "NeuronPenalty",
     "PenaltyResult",
     "answer_token_counts",
     "availability",
     "neuron_attribution",
+    "neuron_penalty",
     "penalty_",
     "sequence_log_probs",
 ]

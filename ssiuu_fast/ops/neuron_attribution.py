@@ -42,7 +42,7 @@ def neuron_attribution(
         TypeError, ValueError: what is wrong and what to do.
         RuntimeError: the backend asked for can't run here, with the reason.
     """
-    _check(hidden, gradient, mask)
+    check_pair(hidden, gradient, mask)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_attribution", hidden.device, double=double)
     run = {"cpp": _cpp, "reference": _reference}[name]
@@ -50,7 +50,8 @@ def neuron_attribution(
         return run(hidden, gradient, mask)
 
 
-def _check(hidden, gradient, mask):
+def check_pair(hidden: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
+    """Raise unless hidden and gradient are [batch, tokens, neurons] alike, and the mask fits them."""
     for name, tensor in (("hidden", hidden), ("gradient", gradient)):
         check_dense(tensor, name, _DTYPES)
         if tensor.dim() != 3:
