@@ -34,9 +34,9 @@ SSIUU_ELEMENTWISE auto penalty_terms(Value gradient, Value parameter, Value refe
     const Value gap = attribution - reference;
     using Flag = decltype(attribution < zero);
     const Flag below = attribution < zero;
-    // one test for both: where A >= 0 the reference doesn't matter
+    // where A >= 0 the reference doesn't matter; where A < 0 a reference below 0 may hide in the gap that A is too large
     const Value decisive = below ? gap : attribution;
-    const Flag finite = (decisive <= limit) & (decisive >= -limit);
+    const Flag finite = (decisive <= limit) & (decisive >= -limit) & (attribution >= -limit);
     const Flag negative = Tame ? below : Flag(finite & below);
     const Flag punished = Bounded ? Flag(negative & (gap < bound)) : negative;
     if (Tame)
