@@ -5,7 +5,8 @@
 
 namespace ssiuu {
 
-enum class Dtype : std::int64_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3 };
+// blockwise8, for references only: one byte an element, and the tensor's absmax (ssiuu/blockwise8.h)
+enum class Dtype : std::int64_t { float32 = 0, bfloat16 = 1, float16 = 2, float64 = 3, blockwise8 = 4 };
 
 // One tensor of a penalty call. `out` is the gradient itself unless `add`.
 struct PenaltyTensor {
@@ -16,6 +17,7 @@ struct PenaltyTensor {
     std::int64_t size;
     Dtype gradient_type, parameter_type, reference_type, out_type;
     bool add;
+    float* absmax; // null unless reference_type is blockwise8
 };
 
 struct PenaltyOptions {

@@ -1,12 +1,14 @@
 """Operators: one file each, with meaning, checks, a plain torch reference and the choice of a backend."""
 
 from ssiuu_fast.ops.backends import availability
+from ssiuu_fast.ops.blockwise8 import Blockwise8
 from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, neuron_attribution
 from ssiuu_fast.ops.neuron_penalty import NeuronPenalty, neuron_penalty
 from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs
 
 __all__ = [
+    "Blockwise8",
     "NeuronAttribution",
     "NeuronPenalty",
     "PenaltyResult",

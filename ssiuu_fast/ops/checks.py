@@ -5,6 +5,7 @@ from torch import Tensor
 
 # dtype codes of the C++ kernels, csrc/cpu/kernels.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+BLOCKWISE8_CODE = 4
 
 
 def check_dense(tensor, label: str, dtypes: tuple[torch.dtype, ...]) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ssiuu_fast.ops import backends
-from ssiuu_fast.ops.checks import DTYPE_CODES, check_contiguous, check_no_overlap, check_written
+from ssiuu_fast.ops.blockwise8 import LIMIT, Blockwise8, check_blockwise8, tensors_of
+from ssiuu_fast.ops.checks import BLOCKWISE8_CODE, DTYPE_CODES, check_contiguous, check_no_overlap, check_written
 
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _DOUBLE = (torch.float64,)
@@ -38,7 +39,7 @@ class Options(NamedTuple):
 def penalty_(
     gradients: Sequence[Tensor],
     parameters: Sequence[Tensor],
-    references: Sequence[Tensor],
+    references: Sequence[Tensor | Blockwise8],
     *,
     weight: float | Tensor,
     out: Sequence[Tensor | None] | None = None,
@@ -62,7 +63,8 @@ def penalty_(
         gradients, parameters, references: lists of equal length, one entry a parameter tensor. Within an
             index shape and device agree and every tensor is contiguous; everything else may differ from
             index to index. float32, bfloat16 or float16, each its own, computed in float32; or all float64
-            within an index, computed in float64. A float16 reference flushes |A| < 6e-8 to zero.
+            within an index, computed in float64. A float16 reference flushes |A| < 6e-8 to zero. A reference may
+            be a Blockwise8, except beside float64: it is decoded, used and encoded again in the same pass.
         weight: λ, a finite number or a one-element float32 tensor on the device of each index.
         out: None, or a list with a tensor or None an index. Where a tensor, weight · 2 · d · g is added to it
             instead, and gradients[i] stays; float32 or the dtype of gradients[i], overlapping nothing.
@@ -83,8 +85,9 @@ def penalty_(
         the size of d; "cpp" sums short blocks of them in float32 where that loses no more than 1e-7.
 
         An element is left out where A, or A − A^ref if A < 0, is NaN, infinite or beyond the range of its
-        reference's dtype: it adds nothing to any sum but this count, gets 0 written (nothing added to `out`)
-        and keeps its reference (0 with `first`).
+        reference's dtype (2^126 for Blockwise8): it adds nothing to any sum but this count, gets 0 written (nothing
+        added to `out`) and keeps its reference (0 with `first`); in a Blockwise8 the kept value is encoded again
+        with its block's new absmax.
 
     Raises:
         TypeError, ValueError: before anything is changed, with the index, what is wrong and what to do.
@@ -130,8 +133,8 @@ def _check(gradients, parameters, references, outs, references_written):
         check_contiguous(gradient, f"gradients[{i}]", _DTYPES)
         tensors = [("parameters", parameter), ("references", reference)]
         dtypes = _DOUBLE if gradient.dtype == torch.float64 else _SINGLE
-        for name, tensor in tensors:
-            check_contiguous(tensor, f"{name}[{i}]", dtypes)
+        check_contiguous(parameter, f"parameters[{i}]", dtypes)
+        _check_reference(reference, f"references[{i}]", dtypes)
         if out is not None:
             tensors.append(("out", out))
             check_contiguous(out, f"out[{i}]", (gradient.dtype, torch.float32))
@@ -147,12 +150,20 @@ def _check(gradients, parameters, references, outs, references_written):
         if out is not None:
             read.append(("gradients", i, gradient))
         read.append(("parameters", i, parameter))
-        if references_written:
-            check_written(reference, f"references[{i}]")
-            written.append(("references", i, reference))
-        else:
-            read.append(("references", i, reference))
+        for tensor in tensors_of(reference):
+            if references_written:
+                check_written(tensor, f"references[{i}]")
+            (written if references_written else read).append(("references", i, tensor))
     check_no_overlap(written, read)
+
+
+def _check_reference(reference, label, dtypes):
+    if not isinstance(reference, Blockwise8):
+        check_contiguous(reference, label, dtypes)
+    elif dtypes == _DOUBLE:
+        raise TypeError(f"{label} is a Blockwise8 beside float64 gradients: pass a float64 reference")
+    else:
+        check_blockwise8(reference, label)
 
 
 def _check_weight(weight, gradients):
@@ -194,7 +205,7 @@ def _mark_written(gradients, references, outs, references_written):
     """Tell autograd, as an in-place torch operator would: kernels write through bare pointers."""
     written = [g if o is None else o for g, o in zip(gradients, outs, strict=True)]
     if references_written:
-        written += references
+        written += [tensor for reference in references for tensor in tensors_of(reference)]
     torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
 
 
@@ -212,8 +223,12 @@ def _cpp(gradients, parameters, references, outs, options):
     table = []
     for g, p, r, o in zip(gradients, parameters, references, outs, strict=True):
         out, out_code = (0, 0) if o is None else (o.data_ptr(), DTYPE_CODES[o.dtype])
-        table += (g.data_ptr(), p.data_ptr(), r.data_ptr(), out, g.numel())
-        table += (DTYPE_CODES[g.dtype], DTYPE_CODES[p.dtype], DTYPE_CODES[r.dtype], out_code)
+        if isinstance(r, Blockwise8):
+            reference, reference_code, absmax = r.codes.data_ptr(), BLOCKWISE8_CODE, r.absmax.data_ptr()
+        else:
+            reference, reference_code, absmax = r.data_ptr(), DTYPE_CODES[r.dtype], 0
+        table += (g.data_ptr(), p.data_ptr(), reference, out, g.numel())
+        table += (DTYPE_CODES[g.dtype], DTYPE_CODES[p.dtype], reference_code, out_code, absmax)
     counts = torch.empty(len(gradients), dtype=torch.int64)
     penalty, negative, gradient_square = backends._C.penalty(
         table,
@@ -247,10 +262,11 @@ def _reference(gradients, parameters, references, outs, options):
         dtype = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         g = gradient.to(dtype) * options.gradient_scale
         attribution = parameter.detach().to(dtype) * g
-        difference = attribution if options.first else attribution - reference.to(dtype)
-        limit = torch.finfo(reference.dtype).max
-        # NaN compares as false
-        finite = torch.where(attribution < 0, difference, attribution).abs() <= limit
+        previous = torch.zeros_like(attribution) if options.first else _decoded(reference).to(dtype)
+        difference = attribution - previous
+        limit = LIMIT if isinstance(reference, Blockwise8) else torch.finfo(reference.dtype).max
+        # NaN compares as false; where A >= 0 the reference doesn't matter
+        finite = (attribution.abs() <= limit) & ((difference.abs() <= limit) | (attribution >= 0))
         active = finite & (attribution < 0)
         punished = active & (difference < 0) if options.one_sided else active
         zero = torch.zeros((), dtype=dtype, device=device)
@@ -261,11 +277,15 @@ def _reference(gradients, parameters, references, outs, options):
         negative += active.sum()
         counts[i] = g.numel() - finite.sum()
         if options.update_references:
-            kept = torch.zeros_like(reference) if options.first else reference
-            reference.copy_(torch.where(finite, attribution.to(reference.dtype), kept))
+            stored = torch.where(finite, attribution, previous)
+            reference.store(stored) if isinstance(reference, Blockwise8) else reference.copy_(stored)
         value = torch.where(punished, 2 * options.weight * d * g, zero)
         if out is None:
             gradient.copy_(value)
         else:
             out.copy_(out.to(dtype) + value)
     return penalty, negative, gradient_square, counts
+
+
+def _decoded(reference):
+    return reference.decode() if isinstance(reference, Blockwise8) else reference
