@@ -32,6 +32,7 @@ from ssiuu_fast.options import (
     MemorizeOptions,
     UnlearnOptions,
 )
+from ssiuu_fast.references import EIGHT_BIT, StateDtype
 from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.runs import RunFolder
@@ -233,7 +234,12 @@ def _regularizer(model, options: UnlearnOptions) -> SSIUURegularizer:
         reference=options.reference,
         one_sided=options.one_sided,
         every=options.every,
+        state_dtype=_state_dtype(options.state_dtype),
     )
+
+
+def _state_dtype(name: str | None) -> StateDtype:
+    return name if name in (None, EIGHT_BIT) else getattr(torch, name)
 
 
 def _load(options: UnlearnOptions | AttackOptions | EvaluateOptions):

@@ -112,6 +112,8 @@ class UnlearnOptions:
         reference: what attributions are compared with: previous step or initial weights.
         one_sided: penalise only attributions below their reference.
         every: penalise each k-th step only, k times as much.
+        state_dtype: what the penalty's references are stored in; 8bit is a quarter of float32. Left open: the dtype of
+            the weights.
         style: how questions are put: chat template, plain "Question: … Answer:", or whichever the tokenizer has.
         max_length: longest row in tokens; longer ones are cut.
         dtype: weights in memory, whatever the checkpoint's. bfloat16 halves them, and loses updates smaller than 1/256
@@ -137,6 +139,7 @@ class UnlearnOptions:
     reference: Literal["previous", "initial"] = "previous"
     one_sided: bool = False
     every: int = 1
+    state_dtype: Literal["float32", "bfloat16", "8bit"] | None = None
     style: Literal["auto", "chat", "plain"] = "auto"
     max_length: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"

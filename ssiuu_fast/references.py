@@ -5,13 +5,20 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.selection import NamedParameters
+
+EIGHT_BIT = "8bit"
+# what references are stored in; None is the parameter's dtype
+StateDtype = torch.dtype | str | None
+STATE_DTYPES = (None, torch.float32, torch.bfloat16, EIGHT_BIT)
+Reference = Tensor | Blockwise8
 
 
 class References:
     """A^ref of every regularised parameter, and the number of samples whose sum it stands for."""
 
-    def __init__(self, tensors: dict[str, Tensor], samples: int | None):
+    def __init__(self, tensors: dict[str, Reference], samples: int | None):
         self.tensors = tensors
         # None: the tensors hold the mean over the forget set, and the size of a step isn't known yet
         self.samples = samples
@@ -24,7 +31,7 @@ class References:
         """
         if self.samples is None:
             for tensor in self.tensors.values():
-                tensor.mul_(samples)
+                (tensor.absmax if isinstance(tensor, Blockwise8) else tensor).mul_(samples)
             self.samples = samples
         elif samples != self.samples and not self._warned:
             self._warned = True
@@ -35,12 +42,58 @@ class References:
             )
 
 
-def empty_references(parameters: NamedParameters, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def refuse_state_dtype(dtype: StateDtype, parameters: NamedParameters) -> None:
+    if dtype not in STATE_DTYPES:
+        raise ValueError(f"state_dtype must be one of {', '.join(map(repr, STATE_DTYPES))}; got {dtype!r}")
+    for name, parameter in parameters.items():
+        if dtype == EIGHT_BIT and parameter.dtype == torch.float64:
+            raise ValueError(f"{name} is torch.float64, whose references have 64 bits: leave state_dtype='8bit' out")
+
+
+def state_dtype_name(dtype: StateDtype) -> str | None:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+
+
+def empty_references(parameters: NamedParameters, dtype: StateDtype) -> dict[str, Reference]:
     """Uninitialised references; dtype None takes the parameter's own (fp32 for fp16, whose range A leaves)."""
+    if dtype == EIGHT_BIT:
+        return {name: Blockwise8.empty_like(parameter) for name, parameter in parameters.items()}
     return {
         name: torch.empty_like(parameter, dtype=_reference_dtype(parameter, dtype), requires_grad=False)
         for name, parameter in parameters.items()
     }
+
+
+def flat_state(references: dict[str, Reference]) -> dict[str, Tensor]:
+    """The references as plain tensors by name, the same memory; of an 8-bit one <name>.codes and <name>.absmax."""
+    flat = {}
+    for name, reference in references.items():
+        if isinstance(reference, Blockwise8):
+            flat |= {f"{name}.codes": reference.codes, f"{name}.absmax": reference.absmax}
+        else:
+            flat[name] = reference
+    return flat
+
+
+def from_flat_state(parameters: NamedParameters, dtype: StateDtype, saved: dict[str, Tensor]) -> dict[str, Reference]:
+    """The references that `flat_state` gave, copied. Raises ValueError where they are of other parameters."""
+    references = empty_references(parameters, dtype)
+    ours = flat_state(references)
+    missing, unknown = ours.keys() - saved.keys(), saved.keys() - ours.keys()
+    if missing or unknown:
+        example = min(missing or unknown)
+        raise ValueError(
+            f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its "
+            f"own are unknown here, {example!r} for one"
+        )
+    for name, tensor in ours.items():
+        if saved[name].shape != tensor.shape:
+            raise ValueError(
+                f"the saved state has {name} as {list(saved[name].shape)}, this model {list(tensor.shape)}"
+            )
+    for name, tensor in ours.items():
+        tensor.copy_(saved[name])
+    return references
 
 
 def _reference_dtype(parameter: nn.Parameter, dtype: torch.dtype | None) -> torch.dtype:
@@ -54,7 +107,7 @@ def _reference_dtype(parameter: nn.Parameter, dtype: torch.dtype | None) -> torc
 class MeanAttribution:
     """(1/n) Σ φ · g over batches of a data set, for reference="initial"."""
 
-    def __init__(self, parameters: NamedParameters, dtype: torch.dtype | None):
+    def __init__(self, parameters: NamedParameters, dtype: StateDtype):
         self._parameters = parameters
         self._dtype = dtype
         # in 16 bits a long sum stops growing
@@ -79,7 +132,8 @@ class MeanAttribution:
                 )
         means = empty_references(self._parameters, self._dtype)
         for name, tensor in means.items():
-            tensor.copy_(self._sums[name] / self._samples)
+            mean = self._sums[name] / self._samples
+            tensor.store(mean) if isinstance(tensor, Blockwise8) else tensor.copy_(mean)
         return References(means, samples=None)
 
 

@@ -8,12 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
+from ssiuu_fast.change import ChangeWatch
 from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.ops.penalty import penalty_
-from ssiuu_fast.references import MeanAttribution, References, empty_references
+from ssiuu_fast.references import (
+    MeanAttribution,
+    References,
+    StateDtype,
+    empty_references,
+    flat_state,
+    from_flat_state,
+    refuse_state_dtype,
+    state_dtype_name,
+)
 from ssiuu_fast.selection import NamedParameters, select_parameters
 from ssiuu_fast.share import ShareWatch
-from ssiuu_fast.step import MicroBatches, StepStatistics, gradient_norm
+from ssiuu_fast.step import MicroBatches, NonfiniteWatch, StepStatistics, gradient_norm
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
 
 REFERENCES = ("previous", "initial")
@@ -53,7 +63,9 @@ class SSIUURegularizer:
     one_sided: penalise only A below its reference.
     every: regularise each k-th step, with k·λ; the others do no pass.
     parameters: glob patterns over parameter names; None takes the weights of the linear modules inside the blocks.
-    state_dtype: dtype of the references, torch.float32 or torch.bfloat16; None takes the parameter's (fp32 for fp16).
+    state_dtype: what the references are stored in, torch.float32, torch.bfloat16 or "8bit" (1.016 bytes an element,
+        `ops.Blockwise8`); None takes the parameter's dtype (fp32 for fp16). Warns once, naming torch.float32, where
+        attributions change less from step to step than few bits can show (`last_step.relative_change`).
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
         FloatingPointError with the names of the parameters (on a GPU at the next `backward` or `last_step`),
         "count" only counts them.
@@ -76,7 +88,7 @@ class SSIUURegularizer:
         one_sided: bool = False,
         every: int = 1,
         parameters: Iterable[str] | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
         nonfinite: str = "raise",
         process_group=None,
         backend: str = "auto",
@@ -85,7 +97,6 @@ class SSIUURegularizer:
         _refuse_unless_one_of("granularity", granularity, ("parameter", "neuron"))
         _refuse_unless_one_of("reference", reference, REFERENCES)
         _refuse_unless_one_of("nonfinite", nonfinite, ("raise", "count"))
-        _refuse_unless_one_of("state_dtype", state_dtype, (None, torch.float32, torch.bfloat16))
         if granularity == "neuron":
             raise ValueError("granularity='neuron' is not built yet: use granularity='parameter'")
         if not isinstance(every, int) or every < 1:
@@ -100,6 +111,7 @@ class SSIUURegularizer:
         engines.refuse_sharded(self._parameters.items())
         engines.refuse_steps_in_backward(self._parameters.items())
         _refuse_unusual(self._parameters)
+        refuse_state_dtype(state_dtype, self._parameters)
         for parameter in self._parameters.values():
             # asked for by name, a backend that can't run is refused now and not in the first step
             choose(backend, "penalty_", parameter.device, double=parameter.dtype == torch.float64)
@@ -124,8 +136,8 @@ class SSIUURegularizer:
         self._skipped = False
         self._share_watch = ShareWatch(self.regularized_parameters)
         self._last_step: StepStatistics | None = None
-        # names and non-finite counts of the last step, on a GPU not yet looked at
-        self._unread_counts: tuple[Iterable[str], Tensor | None] = ((), None)
+        self._nonfinite = NonfiniteWatch()
+        self._change = ChangeWatch()
 
     def backward(
         self,
@@ -265,7 +277,7 @@ class SSIUURegularizer:
             "step": self._step,
             "weight": self.weight,
             "ratios": list(self._ratios),
-            "references": None if self._references is None else dict(self._references.tensors),
+            "references": None if self._references is None else flat_state(self._references.tensors),
             "reference_samples": None if self._references is None else self._references.samples,
         }
 
@@ -281,10 +293,8 @@ class SSIUURegularizer:
                 raise ValueError(f"the saved state has {name}={saved!r}, this regulariser {name}={ours!r}")
         references = None
         if state["references"] is not None:
-            _refuse_other_parameters(self._parameters, state["references"])
-            references = References(empty_references(self._parameters, self._state_dtype), state["reference_samples"])
-            for name, tensor in references.tensors.items():
-                tensor.copy_(state["references"][name])
+            loaded = from_flat_state(self._parameters, self._state_dtype, state["references"])
+            references = References(loaded, state["reference_samples"])
         self._references = references
         self._step = state["step"]
         self.weight = state["weight"]
@@ -300,6 +310,7 @@ class SSIUURegularizer:
             "one_sided": self.one_sided,
             "every": self.every,
             "relative_weight": self.relative_weight,
+            "state_dtype": state_dtype_name(self._state_dtype),
         }
 
     def _add_penalty(self, batch: MicroBatches) -> Tensor:
@@ -318,6 +329,10 @@ class SSIUURegularizer:
         gradients = dict(zip(self._parameters, batch.gradients, strict=True))
         update = self.reference == "previous" or first
         names = [name for name, gradient in gradients.items() if gradient is not None]
+        # before the pass, which overwrites the gradients
+        change = (
+            None if first else self._change.measure(gradients, self._parameters, references.tensors, 1.0 / batch.scale)
+        )
         calibrating = self.weight is None
         weight = 0.0 if calibrating else self.weight * self.every
         counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
@@ -343,29 +358,23 @@ class SSIUURegularizer:
                 self._parameters[name].grad = gradient
         self._references = references
         self._last_step = StepStatistics(
-            result, batch.underflows, self._elements, 0.0 if calibrating else self.weight, self.every
+            result, batch.underflows, self._elements, 0.0 if calibrating else self.weight, self.every, change
         )
         self._step += 1
         self._awaiting_after_backward = calibrating
-        self._unread_counts = (names, counts)
+        if self._raise_nonfinite:
+            self._nonfinite.expect(names, counts)
         if counts.device.type == "cpu":
             self._check_nonfinite()
         return result.penalty
 
     def _check_nonfinite(self) -> None:
-        (names, counts), self._unread_counts = self._unread_counts, ((), None)
-        if not names or not self._raise_nonfinite:
-            return
-        named = [(name, count) for name, count in zip(names, counts.tolist(), strict=True) if count]
-        if named:
+        try:
+            self._nonfinite.check()
+        except FloatingPointError:
             # the step is not to be taken, so nobody will call it
             self._awaiting_after_backward = False
-            listed = ", ".join(f"{name} ({count})" for name, count in named[:8])
-            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-            raise FloatingPointError(
-                f"non-finite attributions in {listed}{more}: those elements added nothing. Don't take this step; lower "
-                "the learning rate or the scale, or pass nonfinite='count' to go on without them"
-            )
+            raise
 
 
 def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:
@@ -379,18 +388,3 @@ def _refuse_unusual(parameters: NamedParameters) -> None:
             raise ValueError(f"{name} is {parameter.dtype}: regularised parameters must be fp32, bf16, fp16 or fp64")
         if not parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous: store it contiguously, or leave it out with parameters=[...]")
-
-
-def _refuse_other_parameters(parameters: NamedParameters, saved: dict[str, Tensor]) -> None:
-    missing, unknown = parameters.keys() - saved.keys(), saved.keys() - parameters.keys()
-    if missing or unknown:
-        example = min(missing or unknown)
-        raise ValueError(
-            f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its "
-            f"own are unknown here, {example!r} for one"
-        )
-    for name, parameter in parameters.items():
-        if saved[name].shape != parameter.shape:
-            raise ValueError(
-                f"the saved state has {name} as {list(saved[name].shape)}, this model {list(parameter.shape)}"
-            )

@@ -1,5 +1,6 @@
 """One regularised step: what goes in over its micro-batches, and the figures that come out."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from ssiuu_fast.host_copy import HostCopy
 from ssiuu_fast.ops.penalty import PenaltyResult
 
 
@@ -19,6 +21,7 @@ class StepStatistics:
     elements: int
     weight: float  # λ; 0 while it is being calibrated
     every: int
+    change: Tensor | None = None  # see ChangeWatch.measure
 
     @cached_property
     def penalty(self) -> float:
@@ -39,6 +42,14 @@ class StepStatistics:
     def nonfinite(self) -> int:
         """Elements whose attribution was not finite; they were left out."""
         return self.result.nonfinite.item()
+
+    @cached_property
+    def relative_change(self) -> float | None:
+        """Median |A − A_ref| / |A| of a sample of elements; None unless the references have 16 or 8 bits."""
+        if self.change is None:
+            return None
+        change = self.change.item()
+        return change if math.isfinite(change) else None
 
     @cached_property
     def penalty_gradient_norm(self) -> float:
@@ -71,6 +82,31 @@ class MicroBatches:
                 self.gradients[index] = gradient
             elif gradient is not None:
                 self.gradients[index].add_(gradient)
+
+
+class NonfiniteWatch:
+    """Raises for the non-finite elements of a step. What a GPU counted is looked at a step later, without a wait."""
+
+    def __init__(self):
+        self._unread: tuple[list[str], HostCopy] | None = None
+
+    def expect(self, names: list[str], counts: Tensor) -> None:
+        """counts: int64, one a name."""
+        self._unread = (names, HostCopy(counts))
+
+    def check(self) -> None:
+        """FloatingPointError if the step had any; once."""
+        if self._unread is None:
+            return
+        (names, copy), self._unread = self._unread, None
+        named = [(name, count) for name, count in zip(names, copy.read(), strict=True) if count]
+        if named:
+            listed = ", ".join(f"{name} ({count})" for name, count in named[:8])
+            more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+            raise FloatingPointError(
+                f"non-finite attributions in {listed}{more}: those elements added nothing. Don't take this step; lower "
+                "the learning rate or the scale, or pass nonfinite='count' to go on without them"
+            )
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -237,7 +237,8 @@ def _penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dic
     if regularizer.step_was_skipped:
         return {"penalty": None, "penalty_share": share}
     last = regularizer.last_step
-    return {
+    change = {} if last.relative_change is None else {"relative_change": last.relative_change}
+    return change | {
         "penalty": last.penalty,
         "penalty_norm": last.added_norm,
         "penalty_share": share,

@@ -85,6 +85,15 @@ class Blockwise8:
         scales = self.absmax.repeat_interleave(BLOCK)[: self.numel()].view(self.shape)
         return table[self.codes.int()] * scales
 
+    def decode_strided(self, stride: int) -> Tensor:
+        """Every stride-th value of the flat tensor, float32."""
+        places = torch.arange(0, self.numel(), stride, device=self.device)
+        return VALUES.to(self.device)[self.codes.view(-1)[::stride].int()] * self.absmax[places // BLOCK]
+
+    def zero_(self) -> None:
+        self.codes.zero_()
+        self.absmax.zero_()
+
     @torch.no_grad()
     def store(self, tensor: Tensor) -> None:
         """Encodes a tensor of the same shape in place: what every kernel is tested against, bit by bit."""
@@ -126,6 +135,7 @@ def check_blockwise8(reference: Blockwise8, label: str) -> None:
     blocks = -(-reference.numel() // BLOCK)
     if reference.absmax.shape != (blocks,) or reference.absmax.device != reference.device:
         raise ValueError(
-            f"{label}.absmax is {tuple(reference.absmax.shape)} on {reference.absmax.device}: {reference.numel()} codes "
-            f"on {reference.device} have ({blocks},) there, one a block of {BLOCK}. Make both by Blockwise8.empty_like"
+            f"{label}.absmax is {tuple(reference.absmax.shape)} on {reference.absmax.device}: {reference.numel()} "
+            f"codes on {reference.device} need ({blocks},) there, one a block of {BLOCK}. Make both by "
+            "Blockwise8.empty_like"
         )

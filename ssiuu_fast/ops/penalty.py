@@ -112,7 +112,9 @@ def penalty_(
             lists = ([tensors[i] for i in rows] for tensors in (gradients, parameters, references, outs))
             *partial, counts = runs[device](*lists, options)
             if nonfinite_counts is not None:
-                nonfinite_counts[rows] = counts.to(nonfinite_counts.device)
+                # a slice where there is one device: an index made of a list is sent there, and waited for
+                where = slice(None) if len(groups) == 1 else rows
+                nonfinite_counts[where] = counts.to(nonfinite_counts.device)
             sums.append(PenaltyResult(*partial, counts.sum()))
     _mark_written(gradients, references, outs, options.update_references)
     if len(sums) == 1:

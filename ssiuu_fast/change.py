@@ -1,0 +1,103 @@
+"""How much attributions change from step to step, and whether a reference of few bits can tell."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from ssiuu_fast.host_copy import HostCopy
+from ssiuu_fast.ops import Blockwise8
+
+# relative error of a stored attribution (FACTS: measured on products g · φ)
+STATE_ERRORS = {torch.bfloat16: 0.002, Blockwise8: 0.013}
+# the penalty's gradient is then off by about a tenth
+ENOUGH = 10
+STEPS_WATCHED = 10
+STEPS_TOO_LITTLE = 3
+# tensors and elements looked at in a step: spread over all, and little enough to cost nothing
+TENSORS = 32
+ELEMENTS = 4096
+
+
+class ChangeWatch:
+    """Measures the median |A − A_ref| / |A| of a step, and warns once if the references' rounding hides it."""
+
+    def __init__(self):
+        self._seen = 0
+        self._too_little = 0
+        self._unread: tuple[HostCopy, float] | None = None
+
+    @torch.no_grad()
+    def measure(
+        self,
+        gradients: dict[str, Tensor | None],
+        parameters: dict[str, nn.Parameter],
+        references: dict[str, Tensor | Blockwise8],
+        gradient_scale: float,
+    ) -> Tensor | None:
+        """The median over a few thousand elements spread over all tensors, to be called before the pass overwrites g.
+
+        A one-element tensor on the device, NaN where every A is 0; None where the references have more than 16 bits.
+        """
+        self.look()
+        names = [name for name, gradient in gradients.items() if gradient is not None and _error(references[name])]
+        chosen = [name for name in _spread(names, TENSORS) if gradients[name].numel()]
+        if not chosen:
+            return None
+        each = max(1, ELEMENTS // len(chosen))
+        device = gradients[chosen[0]].device
+        samples = [_changes(gradients[n], parameters[n], references[n], gradient_scale, each) for n in chosen]
+        median = _median(torch.cat([sample.to(device) for sample in samples]))
+        self._unread = (HostCopy(median), max(_error(references[name]) for name in chosen))
+        if device.type == "cpu":
+            self.look()
+        return median
+
+    def look(self) -> None:
+        """Takes in what the last step measured; on a GPU it has arrived long since."""
+        if self._unread is None:
+            return
+        (copy, error), self._unread = self._unread, None
+        if self._seen == STEPS_WATCHED:
+            return
+        (change,) = copy.read()
+        self._seen += math.isfinite(change)
+        self._too_little += change < ENOUGH * error
+        if self._too_little == STEPS_TOO_LITTLE:
+            self._seen = STEPS_WATCHED
+            warnings.warn(
+                f"attributions change by {change:.1%} of themselves from reference to step, and a stored one is off by "
+                f"{error:.1%}: the penalty compares rounding errors. Use state_dtype=torch.float32 (float32 on the "
+                "command line)",
+                stacklevel=5,
+            )
+
+
+def _error(reference):
+    """Relative error of what is stored; 0 where there are bits enough."""
+    return STATE_ERRORS.get(Blockwise8 if isinstance(reference, Blockwise8) else reference.dtype, 0.0)
+
+
+def _spread(names: list[str], most: int) -> list[str]:
+    if len(names) <= most:
+        return names
+    # steps that are no whole number, so that it isn't always the same module of a block
+    return [names[round(i * (len(names) - 1) / (most - 1))] for i in range(most)]
+
+
+def _changes(gradient, parameter, reference, gradient_scale, most):
+    stride = max(1, gradient.numel() // most)
+    # an odd stride walks over the columns too
+    stride -= stride % 2 == 0
+    gradient, parameter = (tensor.detach().view(-1)[::stride].float() for tensor in (gradient, parameter))
+    attribution = parameter * (gradient * gradient_scale)
+    stored = reference.decode_strided(stride) if isinstance(reference, Blockwise8) else reference.view(-1)[::stride]
+    return (attribution - stored).abs() / attribution.abs()
+
+
+def _median(changes: Tensor) -> Tensor:
+    """The lower median, shape (1,); 0/0 doesn't count. Without asking the device how many do count."""
+    ordered = changes.sort().values
+    middle = (changes.isnan().logical_not().sum() - 1).clamp(min=0) // 2
+    return ordered.gather(0, middle.reshape(1))
