@@ -10,7 +10,9 @@
 #include "cpu/kernels.h"
 #include "cpu/operators.h"
 #include "cpu/plan.h"
+#include "flat.h"
 #if defined(SSIUU_WITH_CUDA)
+#include "cuda/bindings.h"
 #include "cuda/device.h"
 #endif
 
@@ -18,25 +20,6 @@ namespace py = pybind11;
 using namespace ssiuu;
 
 namespace {
-
-template <class T> T* pointer(std::int64_t address) { return reinterpret_cast<T*>(static_cast<std::uintptr_t>(address)); }
-
-// Ten numbers a tensor: addresses of gradient, parameter, reference, out (0: the gradient is overwritten), size,
-// dtype codes of the four, address of absmax (0 unless the reference is blockwise8).
-constexpr std::size_t kRow = 10;
-
-std::vector<PenaltyTensor> penalty_tensors(const std::vector<std::int64_t>& table) {
-    if (table.size() % kRow != 0) throw py::value_error("the table must have ten numbers a tensor");
-    std::vector<PenaltyTensor> tensors;
-    tensors.reserve(table.size() / kRow);
-    for (const std::int64_t* row = table.data(); row != table.data() + table.size(); row += kRow) {
-        const bool add = row[3] != 0;
-        tensors.push_back({pointer<void>(row[0]), pointer<void>(row[1]), pointer<void>(row[2]),
-                           pointer<void>(add ? row[3] : row[0]), row[4], Dtype(row[5]), Dtype(row[6]), Dtype(row[7]),
-                           Dtype(add ? row[8] : row[5]), add, pointer<float>(row[9])});
-    }
-    return tensors;
-}
 
 std::tuple<double, std::int64_t, double> run_penalty(const std::vector<std::int64_t>& table, double weight,
                                                      double gradient_scale, bool one_sided, bool update_references,
@@ -129,6 +112,7 @@ PYBIND11_MODULE(_C, module) {
     module.def("cuda_devices", list_cuda_devices, "([(name, major, minor), …], error text)");
     module.attr("CUDA_BUILD") = SSIUU_CUDA_BUILD;
 #if defined(SSIUU_WITH_CUDA)
+    bind_cuda(module);
     module.attr("CUDA_BUILT") = true;
 #else
     module.attr("CUDA_BUILT") = false;

@@ -45,4 +45,13 @@ SSIUU_ELEMENTWISE auto penalty_terms(Value gradient, Value parameter, Value refe
                                      punished ? gradient : zero, finite == Flag{}, negative};
 }
 
+// The larger and the smaller of two, and NaN where either is one.
+template <class Number> SSIUU_ELEMENTWISE Number larger(Number candidate, Number most) {
+    return (candidate > most) | (candidate != candidate) ? candidate : most;
+}
+
+template <class Number> SSIUU_ELEMENTWISE Number smaller(Number candidate, Number least) {
+    return (candidate < least) | (candidate != candidate) ? candidate : least;
+}
+
 } // namespace ssiuu
