@@ -62,6 +62,31 @@ void run_neuron_attribution(std::int64_t hidden, std::int64_t gradient, std::int
     neuron_attribution(tensors, batch, threads);
 }
 
+std::tuple<double, std::int64_t> run_neuron_penalty(
+    std::int64_t hidden, std::int64_t gradient, std::int64_t reference, std::int64_t mask, std::int64_t attribution,
+    std::int64_t batch, std::int64_t tokens, std::int64_t neurons, std::int64_t hidden_batch_stride,
+    std::int64_t hidden_token_stride, std::int64_t gradient_batch_stride, std::int64_t gradient_token_stride,
+    std::int64_t dtype, double weight, bool per_sample, bool one_sided, int threads) {
+    const NeuronPenaltyTensors tensors{pointer<void>(hidden),
+                                       pointer<void>(gradient),
+                                       pointer<void>(reference),
+                                       pointer<std::uint8_t>(mask),
+                                       pointer<void>(attribution),
+                                       tokens,
+                                       neurons,
+                                       hidden_batch_stride,
+                                       hidden_token_stride,
+                                       gradient_batch_stride,
+                                       gradient_token_stride,
+                                       Dtype(dtype)};
+    NeuronPenaltySums sums;
+    {
+        py::gil_scoped_release release;
+        sums = neuron_penalty(tensors, {weight, one_sided}, batch, per_sample, threads);
+    }
+    return {sums.penalty, sums.negative};
+}
+
 std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>> chunks(const std::vector<std::int64_t>& sizes) {
     const ChunkPlan plan(sizes);
     std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>> list;
@@ -105,6 +130,10 @@ PYBIND11_MODULE(_C, module) {
                arg("min"), arg("sum"), arg("batch"), arg("tokens"), arg("neurons"), arg("hidden_batch_stride"),
                arg("hidden_token_stride"), arg("gradient_batch_stride"), arg("gradient_token_stride"), arg("dtype"),
                arg("threads"));
+    module.def("neuron_penalty", run_neuron_penalty, arg("hidden"), arg("gradient"), arg("reference"), arg("mask"),
+               arg("attribution"), arg("batch"), arg("tokens"), arg("neurons"), arg("hidden_batch_stride"),
+               arg("hidden_token_stride"), arg("gradient_batch_stride"), arg("gradient_token_stride"), arg("dtype"),
+               arg("weight"), arg("per_sample"), arg("one_sided"), arg("threads"));
     module.def("chunks", chunks, arg("sizes"), "(tensor, begin, end) of every chunk a pass over these sizes is cut into.");
     module.def("cpu_units", cpu_units);
     module.def("cpu_unit", [] { return std::string(unit_in_use().name); });

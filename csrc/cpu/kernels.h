@@ -24,12 +24,46 @@ struct AttributionTensors {
 // Columns of the attribution are worked on in tiles of this many neurons.
 constexpr std::int64_t kAttributionTile = 512;
 
+// hidden and gradient as above; gradient becomes the injection. reference (or null: there is none yet) and attribution
+// are [batch, neurons], or [neurons] where a tile spans the whole batch.
+struct NeuronPenaltyTensors {
+    const void* hidden;
+    void* gradient;
+    const void* reference;
+    const std::uint8_t* mask;
+    void* attribution;
+    std::int64_t tokens, neurons;
+    std::int64_t hidden_batch_stride, hidden_token_stride;
+    std::int64_t gradient_batch_stride, gradient_token_stride;
+    Dtype type;
+};
+
+struct NeuronPenaltyOptions {
+    double weight;
+    bool one_sided;
+};
+
+struct NeuronPenaltySums {
+    double penalty;
+    std::int64_t negative;
+};
+
+// Neurons [begin, end), at most kNeuronTile, over the samples whose attributions are one sum.
+struct NeuronTile {
+    std::int64_t first_sample, last_sample;
+    std::int64_t begin, end;
+};
+
+constexpr std::int64_t kNeuronTile = 512;
+
 struct CpuKernels {
     const char* name;
     // elements [begin, end) of one tensor
     void (*penalty)(const PenaltyTensor&, const PenaltyOptions&, std::int64_t begin, std::int64_t end, PenaltySums&);
     // neurons [begin, end) of one sample, at most kAttributionTile
     void (*attribution)(const AttributionTensors&, std::int64_t sample, std::int64_t begin, std::int64_t end);
+    void (*neuron_penalty)(const NeuronPenaltyTensors&, const NeuronPenaltyOptions&, const NeuronTile&,
+                           NeuronPenaltySums&);
     // reads three buffers and rewrites two: the limit of the penalty's memory traffic, for benchmarks
     void (*traffic)(const PenaltyTensor&, std::int64_t begin, std::int64_t end);
 };

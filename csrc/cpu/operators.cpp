@@ -54,6 +54,30 @@ void neuron_attribution(const AttributionTensors& tensors, std::int64_t batch, i
     });
 }
 
+NeuronPenaltySums neuron_penalty(const NeuronPenaltyTensors& tensors, const NeuronPenaltyOptions& options,
+                                 std::int64_t batch, bool per_sample, int threads) {
+    const CpuKernels& unit = unit_in_use();
+    const std::int64_t tiles = (tensors.neurons + kNeuronTile - 1) / kNeuronTile;
+    const std::int64_t items = (per_sample ? batch : 1) * tiles;
+    const std::int64_t elements = batch * tensors.tokens * tensors.neurons;
+    std::vector<NeuronPenaltySums> partial(items, NeuronPenaltySums{});
+    parallel_for(items, threads_for(elements, threads), [&](std::int64_t i) {
+        const std::int64_t sample = i / tiles, begin = i % tiles * kNeuronTile;
+        const NeuronTile tile{sample, per_sample ? sample + 1 : batch, begin,
+                              std::min(begin + kNeuronTile, tensors.neurons)};
+        NeuronPenaltySums sums{};
+        unit.neuron_penalty(tensors, options, tile, sums);
+        partial[i] = sums;
+    });
+
+    NeuronPenaltySums total{};
+    for (const NeuronPenaltySums& sums : partial) {
+        total.penalty += sums.penalty;
+        total.negative += sums.negative;
+    }
+    return total;
+}
+
 void penalty_traffic(const std::vector<PenaltyTensor>& tensors, int threads) {
     const ChunkPlan plan = plan_of(tensors);
     const CpuKernels& unit = unit_in_use();

@@ -19,7 +19,7 @@ else:
 BACKENDS = ("cuda", "cpp", "triton", "reference")
 
 # which backends have a kernel for an operator; the reference serves every one
-KERNELS = {"penalty_": ("cpp", "triton"), "neuron_attribution": ("cpp",), "neuron_penalty": ()}
+KERNELS = {"penalty_": ("cpp", "triton"), "neuron_attribution": ("cpp",), "neuron_penalty": ("cpp",)}
 
 
 class Availability(NamedTuple):

@@ -59,3 +59,33 @@ def _further(best, span):
     if best is None or best[0] != span[0] or span[2] > best[2]:
         return span
     return best
+
+
+def check_own_memory(tensor: Tensor, label: str) -> None:
+    """Raise unless every element of `tensor`, which is written, surely has memory of its own."""
+    extent = 1
+    # from the innermost dimension out, each must step over all that lies within
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if tensor.numel() and stride < extent:
+                raise ValueError(
+                    f"{label} of shape {tuple(tensor.shape)} has strides {tensor.stride()}: elements may share memory"
+                    " and would be overwritten, pass it .contiguous()"
+                )
+            extent += stride * (size - 1)
+
+
+def check_apart(written: Tensor, label: str, other: Tensor, other_label: str) -> None:
+    """Raise if memory between the first and the last element of `written` is also part of `other`."""
+    (start, end), (other_start, other_end) = _range(written), _range(other)
+    if written.device == other.device and start < other_end and other_start < end:
+        raise ValueError(f"{label} and {other_label} share memory and {label} is overwritten: pass a .clone()")
+
+
+def _range(tensor):
+    """Addresses from the first to past the last element, whatever lies between; empty for no elements."""
+    start = tensor.data_ptr()
+    if tensor.numel() == 0:
+        return start, start
+    last = sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return start, start + (last + 1) * tensor.element_size()

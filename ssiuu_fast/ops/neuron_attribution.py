@@ -65,6 +65,8 @@ def check_pair(hidden: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
             )
     if mask is None:
         return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor or None, not {type(mask).__name__}")
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask is {mask.dtype}: pass bool or integers, nonzero for a token that counts")
     if mask.shape != hidden.shape[:2] or mask.device != hidden.device:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ssiuu_fast.ops import backends
+from ssiuu_fast.ops.checks import DTYPE_CODES, check_apart, check_contiguous, check_own_memory, check_written
 from ssiuu_fast.ops.neuron_attribution import check_pair
 
 
@@ -42,7 +43,8 @@ def neuron_penalty(
     Args:
         hidden, gradient: [batch, tokens, neurons] of one dtype: float32, bfloat16, float16 (computed in float32) or
             float64 (in float64). Batch and token may have any strides, neurons must lie next to each other.
-            **gradient is overwritten** and returned as the injection.
+            **gradient is overwritten** and returned as the injection: it must not require grad, nor share memory with
+            anything else or within itself (as an expanded tensor does). hidden may be expanded.
         reference: [batch, neurons] if per_sample, else [neurons]; float32 (float64 for float64), contiguous. None:
             there is none yet, and d = 0.
         mask: None, or bool or integer [batch, tokens]: tokens with 0 add nothing to A and get 0 injected.
@@ -62,37 +64,77 @@ def neuron_penalty(
         RuntimeError: the backend asked for can't run here, with the reason.
     """
     check_pair(hidden, gradient, mask)
-    _check(hidden, gradient, reference, weight, per_sample)
+    weight = _check(hidden, gradient, reference, weight, per_sample)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_penalty", hidden.device, double=double)
-    run = {"reference": _reference}[name]
+    run = {"cpp": _cpp, "reference": _reference}[name]
     with torch.no_grad():
-        return run(hidden, gradient, reference, mask, weight, per_sample, one_sided)
+        result = run(hidden, gradient, reference, mask, weight, bool(per_sample), bool(one_sided))
+    # tell autograd, as an in-place torch operator would: kernels write through bare pointers
+    if not gradient.is_inference():
+        torch.autograd.graph.increment_version(gradient)
+    return result
 
 
 def _check(hidden, gradient, reference, weight, per_sample):
-    if gradient.requires_grad:
-        raise ValueError("gradient requires grad and would be overwritten: pass it .detach()")
-    if isinstance(weight, Tensor):
-        if weight.numel() != 1 or weight.dtype != torch.float32 or weight.device != hidden.device:
+    """Refuse bad input, before anything is written; return the weight as a number or a 0-dim tensor."""
+    check_written(gradient, "gradient")
+    check_own_memory(gradient, "gradient")
+    check_apart(gradient, "gradient", hidden, "hidden")
+    if reference is not None:
+        dtype, shape = attribution_form(hidden, per_sample)
+        check_contiguous(reference, "reference", (dtype,))
+        if reference.shape != shape or reference.device != hidden.device:
             raise ValueError(
-                f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}: pass a number or one"
-                f" float32 element on {hidden.device}"
+                f"reference is {tuple(reference.shape)} on {reference.device}: with per_sample={per_sample} it must be"
+                f" {tuple(shape)} on {hidden.device}"
             )
-    elif not math.isfinite(weight):
-        raise ValueError(f"weight must be finite, not {weight}")
-    if reference is None:
-        return
-    batch, _, neurons = hidden.shape
-    shape = (batch, neurons) if per_sample else (neurons,)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if (reference.shape, reference.dtype, reference.device) != (shape, dtype, hidden.device):
+        check_apart(gradient, "gradient", reference, "reference")
+    if not isinstance(weight, Tensor):
+        if not math.isfinite(weight):
+            raise ValueError(f"weight must be finite, not {weight}")
+        return float(weight)
+    if weight.numel() != 1 or weight.dtype != torch.float32 or weight.device != hidden.device:
         raise ValueError(
-            f"reference is {reference.dtype} {tuple(reference.shape)} on {reference.device}: with"
-            f" per_sample={per_sample} it must be {dtype} {shape} on {hidden.device}"
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}: pass a number or one"
+            f" float32 element on {hidden.device}"
         )
-    if not reference.is_contiguous():
-        raise ValueError(f"reference has strides {reference.stride()}: pass it .contiguous()")
+    check_apart(gradient, "gradient", weight, "weight")
+    weight = weight.detach().reshape(())
+    # on an accelerator looking would wait for it
+    if weight.device.type == "cpu" and not weight.isfinite():
+        raise ValueError(f"weight must be finite, not {weight.item()}")
+    return weight
+
+
+def attribution_form(hidden: Tensor, per_sample: bool) -> tuple[torch.dtype, torch.Size]:
+    """Dtype and shape of the attribution, and of its reference."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    batch, _, neurons = hidden.shape
+    return dtype, torch.Size((batch, neurons) if per_sample else (neurons,))
+
+
+def _cpp(hidden, gradient, reference, mask, weight, per_sample, one_sided):
+    dtype, shape = attribution_form(hidden, per_sample)
+    attribution = torch.empty(shape, dtype=dtype)
+    if mask is not None:
+        mask = (mask != 0).contiguous()
+    penalty, negative = backends._C.neuron_penalty(
+        hidden.data_ptr(),
+        gradient.data_ptr(),
+        0 if reference is None else reference.data_ptr(),
+        0 if mask is None else mask.data_ptr(),
+        attribution.data_ptr(),
+        *hidden.shape,
+        *hidden.stride()[:2],
+        *gradient.stride()[:2],
+        DTYPE_CODES[hidden.dtype],
+        float(weight),
+        per_sample,
+        one_sided,
+        torch.get_num_threads(),
+    )
+    return NeuronPenalty(gradient, attribution, torch.tensor(penalty, dtype=torch.float64), torch.tensor(negative))
 
 
 def _reference(hidden, gradient, reference, mask, weight, per_sample, one_sided):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from neuron_cases import DTYPES, strided
 
 from ssiuu_fast.ops import neuron_attribution
 
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp"])
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture(autouse=True)
@@ -70,13 +70,6 @@ def test_nan_propagates_from_counted_tokens_only(backend, dtype, position):
 def test_no_gradient_history(backend):
     hidden = torch.randn(1, 2, 3, requires_grad=True)
     assert not any(t.requires_grad for t in neuron_attribution(hidden, torch.ones(1, 2, 3), backend=backend))
-
-
-def strided(shape, dtype, generator):
-    """Token-major, one element into a memory with room between its rows."""
-    batch, tokens, neurons = shape
-    memory = torch.randn(tokens, batch, neurons + 3, generator=generator).to(dtype)
-    return memory.transpose(0, 1)[..., 1 : neurons + 1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
