@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import torch
 
+from ssiuu_fast.ops import Blockwise8
+from ssiuu_fast.ops.blockwise8 import tensors_of
+
 SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 64, 127, 255, 256, 257, 1009, 4099)
 LARGE = (65_537, 262_147, 1_000_003)
@@ -20,12 +23,18 @@ class Case:
 
     def copy(self):
         lists = (self.gradients, self.parameters, self.references, self.outs)
-        return Case(*([None if t is None else at_odd_offset(t) for t in tensors] for tensors in lists), self.options)
+        return Case(*([None if t is None else copied(t) for t in tensors] for tensors in lists), self.options)
 
     def run(self, penalty_, backend, **more):
         return penalty_(
             self.gradients, self.parameters, self.references, out=self.outs, backend=backend, **self.options, **more
         )
+
+    @property
+    def written(self):
+        """Everything that a call may change, as plain tensors."""
+        targets = [gradient if out is None else out for gradient, out in zip(self.gradients, self.outs, strict=True)]
+        return targets + [tensor for reference in self.references for tensor in tensors_of(reference)]
 
 
 class Expected(NamedTuple):
@@ -44,8 +53,21 @@ def at_odd_offset(tensor):
     return view.copy_(tensor)
 
 
+def copied(tensor):
+    if isinstance(tensor, Blockwise8):
+        return Blockwise8(at_odd_offset(tensor.codes), at_odd_offset(tensor.absmax))
+    return at_odd_offset(tensor)
+
+
+def decoded(reference):
+    return reference.decode() if isinstance(reference, Blockwise8) else reference
+
+
 def random_case(generator, *, double=False, poison=False):
-    """A call on one to four tensors; with poison, some elements of gradients and references are inf or NaN."""
+    """A call on one to four tensors, a quarter of the references in 8 bits.
+
+    With poison, some elements of gradients and of references that can hold it are inf or NaN.
+    """
 
     def number(high):
         return int(torch.randint(high, (), generator=generator))
@@ -65,15 +87,20 @@ def random_case(generator, *, double=False, poison=False):
         size = LARGE[number(3)] if number(500) == 0 else SIZES[number(len(SIZES))]
         case.gradients.append(normal(size, dtype(), 0.5))
         case.parameters.append(normal(size, dtype(), 2))
-        case.references.append(normal(size, dtype(), 1))
+        reference = normal(size, dtype(), 1)
+        eight_bits = not double and number(4) == 0
+        case.references.append(copied(Blockwise8.encode(reference)) if eight_bits else reference)
         out = None
         if coin():
             out = normal(size, case.gradients[-1].dtype if double or coin() else torch.float32, 1)
         case.outs.append(out)
-        if first:
-            case.references[-1].fill_(torch.nan)
-        elif poison and size:
-            case.references[-1][number(size)] = torch.nan
+        if first and eight_bits:
+            case.references[-1].codes.random_(256, generator=generator)
+            case.references[-1].absmax.fill_(torch.nan)
+        elif first:
+            reference.fill_(torch.nan)
+        elif poison and size and not eight_bits:
+            reference[number(size)] = torch.nan
         if poison and size:
             case.gradients[-1][number(size)] = (torch.inf, -torch.inf, torch.nan)[number(3)]
     case.options = {
@@ -97,6 +124,7 @@ def expected(case, arithmetic=None):
         case.gradients, case.parameters, case.references, case.outs, strict=True
     ):
         written_dtype = gradient.dtype if out is None else out.dtype
+        reference = decoded(reference)
         reference_dtype = reference.dtype
         if arithmetic is not None:
             gradient, parameter, reference = (t.to(arithmetic) for t in (gradient, parameter, reference))

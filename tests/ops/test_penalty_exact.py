@@ -5,7 +5,8 @@ import torch
 from penalty_cases import Case, expected, random_case
 
 from ssiuu_fast import _C
-from ssiuu_fast.ops import penalty_
+from ssiuu_fast.ops import Blockwise8, penalty_
+from ssiuu_fast.ops.blockwise8 import VALUES
 
 THREADS = torch.get_num_threads()
 
@@ -15,10 +16,6 @@ def restore():
     yield
     torch.set_num_threads(THREADS)
     _C.use_cpu_unit(_C.cpu_units()[-1])
-
-
-def written(case):
-    return [gradient if out is None else out for gradient, out in zip(case.gradients, case.outs, strict=True)]
 
 
 def assert_three_way(kernel, transcribed, truth, what, seed):
@@ -42,12 +39,31 @@ def check_case(seed):
     mine = case.copy()
     result = mine.run(penalty_, "cpp")
     for i, (truth, transcription) in enumerate(zip(truths, transcriptions, strict=True)):
-        assert_three_way(written(mine)[i], transcription.value, truth.value, f"value[{i}]", seed)
-        assert_three_way(mine.references[i], transcription.reference, truth.reference, f"reference[{i}]", seed)
+        assert_three_way(mine.written[i], transcription.value, truth.value, f"value[{i}]", seed)
+        if isinstance(mine.references[i], Blockwise8):
+            check_eight_bits(mine.references[i], case.references[i], truth.reference, case.options, seed)
+        else:
+            assert_three_way(mine.references[i], transcription.reference, truth.reference, f"reference[{i}]", seed)
         if case.outs[i] is not None:
             assert torch.equal(mine.gradients[i], case.gradients[i])
         assert torch.equal(mine.parameters[i], case.parameters[i])
     check_sums(result, truths, seed)
+
+
+def check_eight_bits(reference, before, truth, options, seed):
+    """The nearest values that the map has, but for the rounding of A in fp32."""
+    if not options["update_references"]:
+        assert torch.equal(reference.codes, before.codes) and torch.equal(reference.absmax, before.absmax)
+        return
+    for i, absmax in enumerate(reference.absmax.double()):
+        codes, block = (elements[256 * i : 256 * (i + 1)] for elements in (reference.codes, truth))
+        torch.testing.assert_close(absmax, block.abs().max(), rtol=1e-6, atol=0, msg=f"absmax of case {seed}")
+        values = VALUES.double() * absmax
+        ordered = values.sort().values
+        above = torch.searchsorted(ordered, block).clamp(1, 255)
+        nearest = torch.minimum((ordered[above] - block).abs(), (ordered[above - 1] - block).abs())
+        error = (values[codes.int()] - block).abs()
+        assert (error <= nearest + 1e-6 * block.abs()).all(), f"codes of case {seed}"
 
 
 def check_sums(result, truths, seed):
@@ -85,7 +101,7 @@ def test_random_cases_with_nonfinite_elements_equal_the_reference():
         for backend in ("reference", "cpp"):
             run, counts = case.copy(), torch.full((len(case.gradients),), -1)
             result = run.run(penalty_, backend, nonfinite_counts=counts)
-            runs.append((written(run) + run.references + [counts], result))
+            runs.append((run.written + [counts], result))
         for reference, kernel in zip(runs[0][0], runs[1][0], strict=True):
             torch.testing.assert_close(kernel, reference, rtol=0, atol=0, equal_nan=True, msg=f"case {seed}")
         for reference, kernel in zip(runs[0][1], runs[1][1], strict=True):
@@ -115,17 +131,20 @@ def bits(case, threads, unit):
     _C.use_cpu_unit(unit)
     run = case.copy()
     result = run.run(penalty_, "cpp")
-    tensors = written(run) + run.references + list(result)
+    tensors = run.written + list(result)
     return [t.reshape(-1).view(torch.uint8) for t in tensors]
 
 
 def test_same_bits_for_any_number_of_threads_and_any_unit():
     sizes = (1_000_003, 300_007, 17, 65_536)
     generator = torch.Generator().manual_seed(1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64, Blockwise8):
         case = random_case(generator)
         for tensors in (case.gradients, case.parameters, case.references):
-            tensors[:] = [torch.randn(size, generator=generator).to(dtype) for size in sizes]
+            number = torch.float32 if dtype is Blockwise8 else dtype
+            tensors[:] = [torch.randn(size, generator=generator).to(number) for size in sizes]
+        if dtype is Blockwise8:
+            case.references = [Blockwise8.encode(reference) for reference in case.references]
         case.outs = [None] * len(sizes)
         for first in (False, True):
             case.options |= {"first": first, "update_references": True}

@@ -9,6 +9,9 @@ import pytest
 import torch
 import triton
 
+from ssiuu_fast.kernels import tuning
+from ssiuu_fast.ops.blockwise8 import LIMIT
+
 
 def test_under_the_interpreter():
     # the choice is made when triton is imported, so it takes a process of its own
@@ -22,12 +25,10 @@ def test_under_the_interpreter():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-CONSTANTS = ("GRADIENT", "PARAMETER", "REFERENCE", "OUT", "LIMIT", "ADD", "ONE_SIDED", "UPDATE", "FIRST", "BLOCK")
-
-
+@pytest.mark.parametrize("warps", tuning.WARPS)
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("variant", ["in place", "add, one-sided", "first"])
-def test_compiles_for(capability, variant):
+@pytest.mark.parametrize("variant", ["in place", "add, one-sided", "first", "8-bit", "8-bit, first"])
+def test_compiles_for(capability, variant, warps):
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -35,6 +36,7 @@ def test_compiles_for(capability, variant):
     from ssiuu_fast.kernels.penalty import penalty_kernel
 
     add = variant == "add, one-sided"
+    eight_bits = "8-bit" in variant
     signature = {
         "table": "*i64",
         "chunk_tensor": "*i64",
@@ -44,23 +46,54 @@ def test_compiles_for(capability, variant):
         "gradient_scale": "fp32",
         "partial_sums": "*fp64",
         "partial_counts": "*i64",
+        "code_values": "*fp32",
     }
     constants = {
         "GRADIENT": tl.bfloat16,
         "PARAMETER": tl.float32,
-        "REFERENCE": tl.bfloat16,
+        "REFERENCE": tl.uint8 if eight_bits else tl.bfloat16,
+        "BLOCKWISE": 256 if eight_bits else 0,
         "OUT": tl.float32 if add else tl.bfloat16,
-        "LIMIT": torch.finfo(torch.bfloat16).max,
+        "LIMIT": LIMIT if eight_bits else torch.finfo(torch.bfloat16).max,
         "ADD": add,
         "ONE_SIDED": add,
         "UPDATE": True,
-        "FIRST": variant == "first",
+        "FIRST": "first" in variant,
         "BLOCK": 1024,
     }
-    source = ASTSource(penalty_kernel, signature | dict.fromkeys(CONSTANTS, "constexpr"), constexprs=constants)
+    source = ASTSource(penalty_kernel, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False, "num_warps": warps})
     assert compiled.asm["cubin"]
     # a fused multiply-add rounds once where the formula rounds twice
     assert "fma.rn" not in compiled.asm["ptx"]
     assert "atom." not in compiled.asm["ptx"]
+    # subnormals count, and a division is rounded once
+    assert "ftz" not in compiled.asm["ptx"]
+    assert ("div.rn.f32" in compiled.asm["ptx"]) == eight_bits
+
+
+def test_warps_are_chosen_once_a_key_on_buffers_of_their_own(monkeypatch):
+    timed, capturing = [], False
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(tuning, "_milliseconds", lambda launch, warps: launch(warps))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+
+    def prepare():
+        return lambda warps: timed.append(warps) or 1 / warps
+
+    cuda = torch.device("cuda", 0)
+    assert tuning.fastest("a", torch.device("cpu"), prepare) == tuning.DEFAULT and not timed
+    capturing = True
+    assert tuning.fastest("a", cuda, prepare) == tuning.DEFAULT and not timed
+    capturing = False
+    assert [tuning.fastest("a", cuda, prepare) for _ in range(2)] == [max(tuning.WARPS)] * 2
+    assert timed == list(tuning.WARPS)
+    capturing = True
+    assert tuning.fastest("a", cuda, prepare) == max(tuning.WARPS)
+
+    def no_memory():
+        raise torch.OutOfMemoryError
+
+    capturing = False
+    assert tuning.fastest("b", cuda, no_memory) == tuning.DEFAULT

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from penalty_cases import Case, random_case  # noqa: E402
 
-from ssiuu_fast.ops import penalty_  # noqa: E402
+from ssiuu_fast.ops import Blockwise8, penalty_  # noqa: E402
 
 
 def assert_same(triton, reference, what):
@@ -30,8 +30,7 @@ def compare(case, what):
     for backend in ("reference", "triton"):
         run, counts = case.copy(), torch.full((len(case.gradients),), -1)
         result = run.run(penalty_, backend, nonfinite_counts=counts)
-        written = [gradient if out is None else out for gradient, out in zip(run.gradients, run.outs, strict=True)]
-        runs.append((written + run.references, result, counts))
+        runs.append((run.written, result, counts))
     (plain_tensors, plain, plain_counts), (triton_tensors, triton, triton_counts) = runs
     for kernel, reference in zip(triton_tensors, plain_tensors, strict=True):
         assert_same(kernel, reference, what)
@@ -52,10 +51,23 @@ def test_random_cases_equal_the_reference(poison):
             compare(case, f"case {seed}")
 
 
-def test_a_tensor_of_several_chunks_beside_an_empty_one():
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_a_tensor_of_several_chunks_beside_an_empty_one(eight_bits):
     generator = torch.Generator().manual_seed(0)
     lists = [[torch.randn(size, generator=generator) for size in (40_001, 0, 5)] for _ in range(3)]
+    if eight_bits:
+        lists[2] = [Blockwise8.encode(reference) for reference in lists[2]]
     compare(Case(*lists, [None] * 3, {"weight": 0.5}), "chunks")
+
+
+def test_codes_of_every_magnitude():
+    generator = torch.Generator().manual_seed(0)
+    size = 20_000
+    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+    parameters = signs * 10 ** (45 * torch.rand(size, generator=generator).sort().values - 38)
+    parameters[5000:10_000] = signs[5000:10_000] * 10 ** (8 * torch.rand(5000, generator=generator) - 8)
+    references = Blockwise8.empty_like(parameters)
+    compare(Case([torch.ones(size)], [parameters], [references], [None], {"weight": 0.5, "first": True}), "codes")
 
 
 def test_weight_as_tensor():
