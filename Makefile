@@ -14,7 +14,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 # threads that wait for each other in a busy loop stall a run as soon as anything else wants a core
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint bench clean
+.PHONY: demo test test-slow lint bench cuda-all clean
 
 demo: $(INSTALLED)
 	$(BIN)/ssiuu-fast demo
@@ -30,6 +30,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/penalty.py
+
+# every CUDA kernel for every architecture, with what the compiler gave it; needs nvcc, no GPU
+cuda-all:
+	$(PYTHON) benchmarks/kernel_resources.py
 
 $(INSTALLED): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -65,6 +65,7 @@ void run_neuron_penalty(const NeuronNumbers& tensors, std::int64_t reference, st
 
 void bind_cuda(py::module_& module) {
     using py::arg;
+    module.def("cuda_obstacle", &cuda_obstacle, arg("device"), "Why the device can't run what was built, or nothing.");
     module.def("cuda_penalty_workspace", &cuda_penalty_workspace, arg("tensors"), arg("device"));
     module.def("cuda_penalty", run_penalty, arg("table"), arg("weight"), arg("weight_tensor"), arg("gradient_scale"),
                arg("one_sided"), arg("update_references"), arg("first"), arg("workspace"), arg("floats"),

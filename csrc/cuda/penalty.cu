@@ -263,6 +263,17 @@ std::int64_t table_bytes(std::int64_t tensors) { return tensors * std::int64_t(s
 
 } // namespace
 
+std::string cuda_obstacle(int device) {
+    try {
+        use_device(device);
+        cudaFuncAttributes attributes;
+        check(cudaFuncGetAttributes(&attributes, penalty_kernel), "loading a kernel");
+    } catch (const std::runtime_error& error) {
+        return error.what();
+    }
+    return "";
+}
+
 std::int64_t cuda_penalty_workspace(std::int64_t tensors, int device) {
     use_device(device);
     return table_bytes(tensors) + resident_blocks(penalty_kernel, kThreads) * std::int64_t(sizeof(PartialSums));

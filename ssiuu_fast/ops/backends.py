@@ -1,5 +1,6 @@
 """Which backends exist, which can run here, and why the others can't."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +20,11 @@ else:
 BACKENDS = ("cuda", "cpp", "triton", "reference")
 
 # which backends have a kernel for an operator; the reference serves every one
-KERNELS = {"penalty_": ("cpp", "triton"), "neuron_attribution": ("cpp",), "neuron_penalty": ("cpp",)}
+KERNELS = {
+    "penalty_": ("cuda", "cpp", "triton"),
+    "neuron_attribution": ("cuda", "cpp"),
+    "neuron_penalty": ("cuda", "cpp"),
+}
 
 
 class Availability(NamedTuple):
@@ -64,15 +69,30 @@ def _obstacle(backend, operator, device, double):
     """Why `backend` can't run `operator` on `device`; empty if it can."""
     if backend == "reference":
         return ""
-    if backend == "cuda":
-        return "this version has no CUDA kernels yet"
     if backend not in KERNELS[operator]:
         return f"there is no {backend} kernel of {operator} yet"
     if backend == "cpp":
         return _cpp_reason if device.type == "cpu" else f"it works on CPU tensors, these are on {device}"
     if double:
-        return "the triton kernel computes in float32, these tensors are float64"
-    return _triton_obstacle(device)
+        return f"the {backend} kernel computes in float32, these tensors are float64"
+    return _cuda_obstacle(device) if backend == "cuda" else _triton_obstacle(device)
+
+
+def _cuda_obstacle(device):
+    if device.type != "cuda":
+        return f"it works on CUDA tensors, these are on {device}"
+    if _C is None:
+        return _cpp_reason
+    if not _C.CUDA_BUILT:
+        return f"built without CUDA ({_C.CUDA_BUILD})"
+    return _device_obstacle(device.index or 0)
+
+
+@functools.cache
+def _device_obstacle(index):
+    """Why this device, or its driver, can't run what was built; empty if it can."""
+    reason = _C.cuda_obstacle(index)
+    return f"{reason}; built for {_C.CUDA_BUILD}" if reason else ""
 
 
 def _triton_obstacle(device):
@@ -100,14 +120,19 @@ def _cpp_availability():
 
 
 def _cuda_availability():
-    kernels = "this version has no CUDA kernels yet"
     if _C is None:
-        return Availability("cuda", False, f"{kernels}; {_cpp_reason}")
+        return Availability("cuda", False, _cpp_reason)
     if not _C.CUDA_BUILT:
-        return Availability("cuda", False, f"{kernels}; built without CUDA ({_C.CUDA_BUILD})")
+        return Availability("cuda", False, f"built without CUDA ({_C.CUDA_BUILD})")
     devices, error = _C.cuda_devices()
-    found = error or "; ".join(f"{name}, compute capability {major}.{minor}" for name, major, minor in devices)
-    return Availability("cuda", False, f"{kernels}; built for {_C.CUDA_BUILD}; devices: {found or 'none'}")
+    if not devices:
+        return Availability("cuda", False, f"built for {_C.CUDA_BUILD}; no device: {error or 'none is visible'}")
+    described = [
+        f"{name}, compute capability {major}.{minor}" + (f" (not usable: {obstacle})" if obstacle else "")
+        for (name, major, minor), obstacle in zip(devices, map(_device_obstacle, range(len(devices))), strict=True)
+    ]
+    usable = not all(map(_device_obstacle, range(len(devices))))
+    return Availability("cuda", usable, f"built for {_C.CUDA_BUILD}; {'; '.join(described)}")
 
 
 def _triton_availability():

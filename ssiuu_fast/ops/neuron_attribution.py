@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssiuu_fast.ops import backends
+from ssiuu_fast.ops import backends, cuda
 from ssiuu_fast.ops.checks import DTYPE_CODES, check_dense
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -31,7 +31,7 @@ def neuron_attribution(
         hidden, gradient: [batch, tokens, neurons] of one dtype: float32, bfloat16, float16 (computed in float32) or
             float64 (in float64). Batch and token may have any strides, neurons must lie next to each other.
         mask: None, or bool or integer [batch, tokens]: tokens with 0 don't count, whatever they hold, NaN included.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cpp", "cuda" or "reference".
 
     Returns:
         NeuronAttribution of [batch, neurons] in float32 (float64 for float64), without gradient history. A sample
@@ -45,7 +45,7 @@ def neuron_attribution(
     check_pair(hidden, gradient, mask)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_attribution", hidden.device, double=double)
-    run = {"cpp": _cpp, "reference": _reference}[name]
+    run = {"cuda": _cuda, "cpp": _cpp, "reference": _reference}[name]
     with torch.no_grad():
         return run(hidden, gradient, mask)
 
@@ -79,6 +79,10 @@ def _empty_result(hidden):
     batch, _, neurons = hidden.shape
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return NeuronAttribution(*(torch.empty(batch, neurons, dtype=dtype, device=hidden.device) for _ in range(3)))
+
+
+def _cuda(hidden, gradient, mask):
+    return NeuronAttribution(*cuda.neuron_attribution(hidden, gradient, mask))
 
 
 def _cpp(hidden, gradient, mask):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssiuu_fast.ops import backends
+from ssiuu_fast.ops import backends, cuda
 from ssiuu_fast.ops.checks import DTYPE_CODES, check_apart, check_contiguous, check_own_memory, check_written
 from ssiuu_fast.ops.neuron_attribution import check_pair
 
@@ -67,7 +67,7 @@ def neuron_penalty(
     weight = _check(hidden, gradient, reference, weight, per_sample)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_penalty", hidden.device, double=double)
-    run = {"cpp": _cpp, "reference": _reference}[name]
+    run = {"cuda": _cuda, "cpp": _cpp, "reference": _reference}[name]
     with torch.no_grad():
         result = run(hidden, gradient, reference, mask, weight, bool(per_sample), bool(one_sided))
     # tell autograd, as an in-place torch operator would: kernels write through bare pointers
@@ -112,6 +112,13 @@ def attribution_form(hidden: Tensor, per_sample: bool) -> tuple[torch.dtype, tor
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     batch, _, neurons = hidden.shape
     return dtype, torch.Size((batch, neurons) if per_sample else (neurons,))
+
+
+def _cuda(hidden, gradient, reference, mask, weight, per_sample, one_sided):
+    dtype, shape = attribution_form(hidden, per_sample)
+    attribution = torch.empty(shape, dtype=dtype, device=hidden.device)
+    sums = cuda.neuron_penalty(hidden, gradient, reference, mask, weight, attribution, per_sample, one_sided)
+    return NeuronPenalty(gradient, attribution, *sums)
 
 
 def _cpp(hidden, gradient, reference, mask, weight, per_sample, one_sided):

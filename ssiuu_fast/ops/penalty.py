@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssiuu_fast.ops import backends
+from ssiuu_fast.ops import backends, cuda
+from ssiuu_fast.ops.addresses import penalty_table
 from ssiuu_fast.ops.blockwise8 import LIMIT, Blockwise8, check_blockwise8, tensors_of
-from ssiuu_fast.ops.checks import BLOCKWISE8_CODE, DTYPE_CODES, check_contiguous, check_no_overlap, check_written
+from ssiuu_fast.ops.checks import check_contiguous, check_no_overlap, check_written
 
 _SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 _DOUBLE = (torch.float64,)
@@ -218,22 +219,13 @@ def _runner(backend, device, gradients):
         from ssiuu_fast.kernels.penalty import penalty as triton_penalty
 
         return triton_penalty
-    return {"cpp": _cpp, "reference": _reference}[name]
+    return {"cuda": cuda.penalty, "cpp": _cpp, "reference": _reference}[name]
 
 
 def _cpp(gradients, parameters, references, outs, options):
-    table = []
-    for g, p, r, o in zip(gradients, parameters, references, outs, strict=True):
-        out, out_code = (0, 0) if o is None else (o.data_ptr(), DTYPE_CODES[o.dtype])
-        if isinstance(r, Blockwise8):
-            reference, reference_code, absmax = r.codes.data_ptr(), BLOCKWISE8_CODE, r.absmax.data_ptr()
-        else:
-            reference, reference_code, absmax = r.data_ptr(), DTYPE_CODES[r.dtype], 0
-        table += (g.data_ptr(), p.data_ptr(), reference, out, g.numel())
-        table += (DTYPE_CODES[g.dtype], DTYPE_CODES[p.dtype], reference_code, out_code, absmax)
     counts = torch.empty(len(gradients), dtype=torch.int64)
     penalty, negative, gradient_square = backends._C.penalty(
-        table,
+        penalty_table(gradients, parameters, references, outs),
         float(options.weight),
         options.gradient_scale,
         options.one_sided,

@@ -1,5 +1,7 @@
 """Which backend is chosen, and what is said where one can't be."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,15 +16,71 @@ def without_extension(monkeypatch):
     monkeypatch.setattr(backends, "_cpp_reason", "the C++ extension ssiuu_fast._C can't be imported: no such file")
 
 
-def test_auto_takes_the_fastest_that_fits_the_device(monkeypatch):
+@pytest.fixture
+def built_with_cuda(monkeypatch):
+    """Returns a function that says what stands in the way of a device."""
+
+    def say(obstacle):
+        extension = SimpleNamespace(
+            CUDA_BUILT=True,
+            CUDA_BUILD="CUDA 13, architectures 90",
+            cuda_devices=lambda: ([("A GPU", 9, 0)], ""),
+            cuda_obstacle=lambda index: obstacle,
+        )
+        monkeypatch.setattr(backends, "_C", extension)
+        backends._device_obstacle.cache_clear()
+
+    yield say
+    backends._device_obstacle.cache_clear()
+
+
+def test_auto_takes_the_fastest_that_fits_the_device(monkeypatch, built_with_cuda):
     monkeypatch.setattr(backends, "_has_triton", lambda: True)
     assert backends.choose("auto", "penalty_", CPU) == "cpp"
-    assert backends.choose("auto", "penalty_", CUDA) == "triton"
+    built_with_cuda("")
+    assert backends.choose("auto", "penalty_", CUDA) == "cuda"
+    assert backends.choose("auto", "neuron_attribution", CUDA) == "cuda"
+    assert backends.choose("auto", "neuron_penalty", CUDA) == "cuda"
     assert backends.choose("auto", "penalty_", CUDA, double=True) == "reference"
-    assert backends.choose("auto", "neuron_attribution", CUDA) == "reference"
     assert backends.choose("auto", "penalty_", MPS) == "reference"
+    built_with_cuda("the driver is too old")
+    assert backends.choose("auto", "penalty_", CUDA) == "triton"
     monkeypatch.setattr(backends, "_has_triton", lambda: False)
     assert backends.choose("auto", "penalty_", CUDA) == "reference"
+
+
+def cuda_row():
+    return next(row for row in availability() if row.backend == "cuda")
+
+
+def test_what_stands_in_the_way_of_a_device_is_said(built_with_cuda):
+    built_with_cuda("no kernel image is available")
+    with pytest.raises(RuntimeError, match="can't run: no kernel image is available; built for CUDA 13, arch.* 90"):
+        backends.choose("cuda", "penalty_", CUDA)
+    with pytest.raises(RuntimeError, match="works on CUDA tensors, these are on cpu"):
+        backends.choose("cuda", "penalty_", CPU)
+    with pytest.raises(RuntimeError, match="the cuda kernel computes in float32"):
+        backends.choose("cuda", "penalty_", CUDA, double=True)
+
+
+def test_the_cuda_row_in_each_case(monkeypatch):
+    def row(**what):
+        extension = {"CUDA_BUILT": True, "CUDA_BUILD": "CUDA 13", "cuda_obstacle": lambda index: "", "cpu_unit": str}
+        monkeypatch.setattr(backends, "_C", SimpleNamespace(cpu_units=list, **(extension | what)))
+        backends._device_obstacle.cache_clear()
+        found = cuda_row()
+        backends._device_obstacle.cache_clear()
+        return found
+
+    assert row(CUDA_BUILT=False, CUDA_BUILD="SSIUU_CUDA=OFF")[1:] == (False, "built without CUDA (SSIUU_CUDA=OFF)")
+    no_driver = row(cuda_devices=lambda: ([], "driver version is insufficient (error 35)"))
+    assert no_driver[1:] == (False, "built for CUDA 13; no device: driver version is insufficient (error 35)")
+    assert row(cuda_devices=lambda: ([("A GPU", 9, 0)], ""))[1:] == (
+        True,
+        "built for CUDA 13; A GPU, compute capability 9.0",
+    )
+    old = row(cuda_devices=lambda: ([("Old", 7, 5)], ""), cuda_obstacle=lambda index: "no image")
+    assert not old.usable and "Old, compute capability 7.5 (not usable: no image" in old.reason
 
 
 def test_without_the_extension(without_extension):
@@ -48,8 +106,6 @@ def test_every_backend_is_reported_with_a_reason():
     rows = availability()
     assert {row.backend for row in rows} == set(backends.BACKENDS)
     assert all(row.reason for row in rows)
-    cuda = next(row for row in rows if row.backend == "cuda")
-    assert not cuda.usable and "no CUDA kernels yet" in cuda.reason
 
 
 def test_an_unknown_instruction_set_is_refused():

@@ -1,0 +1,152 @@
+"""The CUDA kernels themselves, run thread by thread on the CPU, against the reference."""
+
+import neuron_cases
+import pytest
+import torch
+from penalty_cases import Case, random_case
+
+from ssiuu_fast.ops import Blockwise8, neuron_attribution, neuron_penalty, penalty_
+
+pytestmark = pytest.mark.usefixtures("cuda_on_cpu")
+SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def compare(case, what):
+    runs = []
+    for backend in ("reference", "cuda"):
+        run, counts = case.copy(), torch.full((len(case.gradients),), -1)
+        result = run.run(penalty_, backend, nonfinite_counts=counts)
+        runs.append((run.written, result, counts))
+    (plain_tensors, plain, plain_counts), (tensors, result, counts) = runs
+    for kernel, reference in zip(tensors, plain_tensors, strict=True):
+        torch.testing.assert_close(kernel, reference, rtol=0, atol=0, equal_nan=True, msg=what)
+    assert torch.equal(counts, plain_counts), what
+    for kernel, reference in zip(result, plain, strict=True):
+        # packs of eight squares are added in fp32
+        torch.testing.assert_close(kernel, reference, rtol=1e-6, atol=0, msg=what)
+
+
+@pytest.mark.parametrize("poison", [False, True])
+def test_random_penalties_equal_the_reference(poison):
+    for seed in range(150):
+        case = random_case(torch.Generator().manual_seed(seed), poison=poison)
+        if all(tensor.numel() < 50_000 for tensor in case.gradients):
+            compare(case, f"case {seed}")
+
+
+def aligned_case(dtypes, sizes, seed=0, **options):
+    """Freshly allocated, so that the 16-byte road is taken."""
+    generator = torch.Generator().manual_seed(seed)
+    lists = [[torch.randn(size, generator=generator).to(dtype) for size in sizes] for dtype in dtypes]
+    return Case(*lists, [None] * len(sizes), {"weight": 0.5} | options)
+
+
+class Aligned(Case):
+    def copy(self):
+        def clone(t):
+            return Blockwise8(t.codes.clone(), t.absmax.clone()) if isinstance(t, Blockwise8) else t.clone()
+
+        lists = (self.gradients, self.parameters, self.references, self.outs)
+        return Aligned(*([None if t is None else clone(t) for t in tensors] for tensors in lists), self.options)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("gradient", SINGLE)
+@pytest.mark.parametrize("parameter", SINGLE)
+def test_aligned_tensors_of_several_chunks(gradient, parameter, eight_bits):
+    case = aligned_case((gradient, parameter, torch.bfloat16), (40_001, 0, 256, 4096, 5, 12_288))
+    case.__class__ = Aligned
+    if eight_bits:
+        case.references = [Blockwise8.encode(reference.float()) for reference in case.references]
+    case.outs[3] = torch.ones(4096, dtype=gradient)
+    case.outs[5] = torch.ones(12_288)
+    compare(case, f"{gradient}, {parameter}, {eight_bits}")
+
+
+def test_codes_of_every_magnitude():
+    generator = torch.Generator().manual_seed(0)
+    size = 20_000
+    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+    parameters = signs * 10 ** (45 * torch.rand(size, generator=generator).sort().values - 38)
+    parameters[5000:10_000] = signs[5000:10_000] * 10 ** (8 * torch.rand(5000, generator=generator) - 8)
+    references = Blockwise8.empty_like(parameters)
+    compare(Aligned([torch.ones(size)], [parameters], [references], [None], {"weight": 0.5, "first": True}), "codes")
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e12])
+def test_squares_that_fp32_cannot_hold(scale):
+    case = aligned_case([torch.float32] * 3, (5000,))
+    case.gradients[0] *= scale
+    case.references[0] *= scale
+    compare(case, f"{scale}")
+
+
+def test_three_thousand_small_tensors():
+    sizes = [1 + 7 * i % 40 for i in range(3000)]
+    compare(aligned_case((torch.bfloat16, torch.float32, torch.bfloat16), sizes), "3,000")
+
+
+def test_nothing_is_written_past_the_ends():
+    for size in (1, 7, 255, 257, 4097):
+        buffers = [torch.full((size + 64,), 7.0) for _ in range(3)]
+        inner = [buffer[32 : 32 + size] for buffer in buffers]
+        penalty_(*([tensor] for tensor in inner), weight=0.5, backend="cuda")
+        for buffer in buffers:
+            assert (buffer[:32] == 7).all() and (buffer[32 + size :] == 7).all()
+
+
+def test_weight_from_the_device():
+    tensors = [torch.tensor([value]) for value in (-1.0, 2.0, -1.0)]
+    penalty_(*([t] for t in tensors), weight=torch.tensor([0.5]), backend="cuda")
+    # A = −2, d = −1
+    assert [t.item() for t in tensors] == [1.0, 2.0, -2.0]
+
+
+def test_only_empty_tensors():
+    empty = [torch.empty(0) for _ in range(3)]
+    assert [x.item() for x in penalty_(*([t] for t in empty), weight=1.0, backend="cuda")] == [0, 0, 0, 0]
+
+
+SHAPES = [*neuron_cases.SHAPES, (2, 40, 264), (1, 1100, 16), (1, 1027, 5)]
+
+
+def test_neuron_attribution_equals_the_reference():
+    for name, case in neuron_cases.cases(SINGLE, SHAPES, seeds=(0,)):
+        arguments = (case.hidden, case.gradient, case.mask)
+        kernel, plain = (neuron_attribution(*arguments, backend=backend) for backend in ("cuda", "reference"))
+        assert torch.equal(kernel.max, plain.max) and torch.equal(kernel.min, plain.min), name
+        torch.testing.assert_close(kernel.sum, plain.sum, rtol=1e-6, atol=1e-5, msg=name)
+
+
+def test_a_counted_nan_shows_and_a_masked_one_does_not():
+    hidden, gradient = torch.randn(2, 2, 70, 24, generator=torch.Generator().manual_seed(0))
+    hidden[0, 3, 2] = hidden[1, 5, 7] = torch.nan
+    mask = torch.ones(2, 70, dtype=torch.bool)
+    mask[1, 5] = False
+    result = neuron_attribution(hidden, gradient, mask, backend="cuda")
+    for values in result:
+        assert values.isnan().nonzero().tolist() == [[0, 2]]
+
+
+def test_neuron_penalty_equals_the_reference():
+    for name, case in neuron_cases.cases(SINGLE, SHAPES, seeds=(0,)):
+        kernel, plain = case.run("cuda"), case.run("reference")
+        scale = plain.attribution.abs().max().item() if plain.attribution.numel() else 0
+        torch.testing.assert_close(kernel.attribution, plain.attribution, rtol=1e-6, atol=1e-6 * scale, msg=name)
+        unit = torch.finfo(kernel.injection.dtype).eps
+        injected = plain.injection.abs().max().item() if plain.injection.numel() else 0
+        torch.testing.assert_close(
+            kernel.injection, plain.injection, rtol=2 * unit + 1e-5, atol=1e-5 * injected, msg=name
+        )
+        torch.testing.assert_close(kernel.penalty, plain.penalty, rtol=1e-5, atol=1e-5 * scale**2, msg=name)
+        assert kernel.negative == plain.negative, name
+
+
+def test_neuron_penalty_by_hand():
+    hidden, gradient = torch.tensor([[[1.0, 2], [3, 4]]]), torch.tensor([[[-1.0, 1], [-1, 1]]])
+    reference = torch.tensor([-1.0, 0])
+    result = neuron_penalty(hidden, gradient, reference, weight=torch.tensor(0.5), per_sample=False, backend="cuda")
+    # A = (−1 − 3, 2 + 4) = (−4, 6), d = (−3, 0), injection = 2 · ½ · d · g
+    assert result.attribution.tolist() == [-4, 6]
+    assert gradient.tolist() == [[[3, 0], [3, 0]]]
+    assert (result.penalty.item(), result.negative.item()) == (9, 1)
