@@ -19,7 +19,11 @@ else:
 BACKENDS = ("cuda", "cpp", "triton", "reference")
 
 # which backends have a kernel for an operator; the reference serves every one
-KERNELS = {"penalty_": ("cpp", "triton"), "neuron_attribution": ("cpp",), "neuron_penalty": ("cpp",)}
+KERNELS = {
+    "penalty_": ("cpp", "triton"),
+    "neuron_attribution": ("cpp", "triton"),
+    "neuron_penalty": ("cpp", "triton"),
+}
 
 
 class Availability(NamedTuple):

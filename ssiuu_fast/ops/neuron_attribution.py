@@ -31,7 +31,7 @@ def neuron_attribution(
         hidden, gradient: [batch, tokens, neurons] of one dtype: float32, bfloat16, float16 (computed in float32) or
             float64 (in float64). Batch and token may have any strides, neurons must lie next to each other.
         mask: None, or bool or integer [batch, tokens]: tokens with 0 don't count, whatever they hold, NaN included.
-        backend: "auto", "cpp" or "reference".
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
 
     Returns:
         NeuronAttribution of [batch, neurons] in float32 (float64 for float64), without gradient history. A sample
@@ -45,7 +45,7 @@ def neuron_attribution(
     check_pair(hidden, gradient, mask)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_attribution", hidden.device, double=double)
-    run = {"cpp": _cpp, "reference": _reference}[name]
+    run = {"cpp": _cpp, "triton": _triton, "reference": _reference}[name]
     with torch.no_grad():
         return run(hidden, gradient, mask)
 
@@ -75,6 +75,11 @@ def check_pair(hidden: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """The mask as kernels take it: contiguous bytes, 0 or 1."""
+    return None if mask is None else (mask != 0).contiguous().view(torch.uint8)
+
+
 def _empty_result(hidden):
     batch, _, neurons = hidden.shape
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -83,8 +88,7 @@ def _empty_result(hidden):
 
 def _cpp(hidden, gradient, mask):
     result = _empty_result(hidden)
-    if mask is not None:
-        mask = (mask != 0).contiguous()
+    mask = mask_bytes(mask)
     backends._C.neuron_attribution(
         hidden.data_ptr(),
         gradient.data_ptr(),
@@ -96,6 +100,14 @@ def _cpp(hidden, gradient, mask):
         DTYPE_CODES[hidden.dtype],
         torch.get_num_threads(),
     )
+    return result
+
+
+def _triton(hidden, gradient, mask):
+    from ssiuu_fast.kernels.neuron_attribution import neuron_attribution as triton_attribution
+
+    result = _empty_result(hidden)
+    triton_attribution(hidden, gradient, mask_bytes(mask), result)
     return result
 
 

@@ -19,7 +19,10 @@ def test_auto_takes_the_fastest_that_fits_the_device(monkeypatch):
     assert backends.choose("auto", "penalty_", CPU) == "cpp"
     assert backends.choose("auto", "penalty_", CUDA) == "triton"
     assert backends.choose("auto", "penalty_", CUDA, double=True) == "reference"
-    assert backends.choose("auto", "neuron_attribution", CUDA) == "reference"
+    for operator in ("neuron_attribution", "neuron_penalty"):
+        assert backends.choose("auto", operator, CPU) == "cpp"
+        assert backends.choose("auto", operator, CUDA) == "triton"
+        assert backends.choose("auto", operator, CUDA, double=True) == "reference"
     assert backends.choose("auto", "penalty_", MPS) == "reference"
     monkeypatch.setattr(backends, "_has_triton", lambda: False)
     assert backends.choose("auto", "penalty_", CUDA) == "reference"
@@ -42,6 +45,13 @@ def test_an_explicit_backend_on_the_wrong_device_says_why(monkeypatch):
         backends.choose("triton", "penalty_", CPU)
     with pytest.raises(RuntimeError, match="these are on mps"):
         backends.choose("triton", "penalty_", MPS)
+
+
+def test_an_operator_without_a_kernel_says_so(monkeypatch):
+    monkeypatch.setitem(backends.KERNELS, "penalty_", ("cpp",))
+    assert backends.choose("auto", "penalty_", CUDA) == "reference"
+    with pytest.raises(RuntimeError, match="no triton kernel of penalty_"):
+        backends.choose("triton", "penalty_", CUDA)
 
 
 def test_every_backend_is_reported_with_a_reason():
