@@ -42,6 +42,15 @@ def neuron_attribution(
         TypeError, ValueError: what is wrong and what to do.
         RuntimeError: the backend asked for can't run here, with the reason.
     """
+    if torch.compiler.is_compiling():
+        from ssiuu_fast.ops import library
+
+        return library.traced_neuron_attribution(hidden, gradient, mask, backend)
+    return run_neuron_attribution(hidden, gradient, mask, backend)
+
+
+def run_neuron_attribution(hidden, gradient, mask, backend) -> NeuronAttribution:
+    """neuron_attribution outside of a traced graph."""
     check_pair(hidden, gradient, mask)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_attribution", hidden.device, double=double)

@@ -63,6 +63,15 @@ def neuron_penalty(
         TypeError, ValueError: before anything is changed, with what is wrong and what to do.
         RuntimeError: the backend asked for can't run here, with the reason.
     """
+    if torch.compiler.is_compiling():
+        from ssiuu_fast.ops import library
+
+        return library.traced_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample, one_sided, backend)
+    return run_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample, one_sided, backend)
+
+
+def run_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample, one_sided, backend) -> NeuronPenalty:
+    """neuron_penalty outside of a traced graph."""
     check_pair(hidden, gradient, mask)
     weight = _check(hidden, gradient, reference, weight, per_sample)
     double = hidden.dtype == torch.float64

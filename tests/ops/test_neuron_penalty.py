@@ -112,9 +112,7 @@ def test_a_nonfinite_attribution_adds_nothing(backend, dtype, per_sample):
 @EACH_BACKEND
 def test_a_difference_beyond_the_range_adds_nothing(backend):
     hidden, gradient = torch.tensor([[[-3e38, -1.0]]]), torch.ones(1, 1, 2)
-    result = neuron_penalty(
-        hidden, gradient, torch.tensor([3e38, 1.0]), weight=0.5, per_sample=False, backend=backend
-    )
+    result = neuron_penalty(hidden, gradient, torch.tensor([3e38, 1.0]), weight=0.5, per_sample=False, backend=backend)
     assert result.injection.flatten().tolist() == [0, -2]
     assert (result.penalty.item(), result.negative.item()) == (4, 1)
 
