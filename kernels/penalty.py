@@ -19,6 +19,8 @@ from ssiuu_fast.ops.penalty import Options
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, Blockwise8: tl.uint8}
 # Lanes of the sums, so it is not for tuning: another number would add in another order. A multiple of the 8-bit block.
 _BLOCK = 1024
+# A thread's elements of a block are 8 or 4: one 16-byte load of 16-bit or of 32-bit numbers.
+WARPS = (4, 8)
 _SHORTEST_CHUNK = 16 * _BLOCK
 # bounds the memory for partial sums
 _MOST_CHUNKS = 1 << 16
@@ -166,6 +168,9 @@ def penalty_kernel(
 def penalty(gradients, parameters, references, outs, options):
     """Return penalty, negative, gradient_square and the non-finite count of each tensor; all on one device."""
     device = gradients[0].device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # a replay would copy the table again, from memory that is no longer its own
+        raise RuntimeError('penalty_ in Triton can\'t be captured in a CUDA graph: capture it with backend="cuda"')
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     negative = torch.zeros((), dtype=torch.int64, device=device)
     counts = torch.zeros(len(gradients), dtype=torch.int64, device=device)
@@ -207,7 +212,8 @@ def _launch(gradients, parameters, references, outs, dtypes, weight, options):
     launch, partial = _prepared(gradients, parameters, references, outs, dtypes, weight, options)
     if len(partial.sums):
         device = gradients[0].device
-        launch(tuning.fastest((device, dtypes), device, lambda: _launch_on_scratch(dtypes, device)))
+        key = ("penalty", device, dtypes)
+        launch(tuning.fastest(key, WARPS, device, lambda: _launch_on_scratch(dtypes, device)))
     return partial
 
 
@@ -295,6 +301,6 @@ def _chunks(sizes, device):
 
 def _upload(tensor, device):
     """To the device; not waiting for what is enqueued there, as a copy from ordinary memory would."""
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+    if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -1,5 +1,6 @@
 """Operators: one file each, with meaning, checks, a plain torch reference and the choice of a backend."""
 
+from ssiuu_fast.ops import library as library  # registers the operators with torch
 from ssiuu_fast.ops.backends import availability
 from ssiuu_fast.ops.blockwise8 import Blockwise8
 from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, neuron_attribution

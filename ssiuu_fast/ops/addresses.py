@@ -34,11 +34,6 @@ def neuron_numbers(hidden: Tensor, gradient: Tensor, mask: Tensor | None) -> lis
     ]  # fmt: skip
 
 
-def byte_mask(mask: Tensor | None) -> Tensor | None:
-    """One byte a token."""
-    return None if mask is None else (mask != 0).contiguous()
-
-
 def launch_place(device: torch.device) -> tuple[int, int]:
     """Index of a CUDA device, and the stream that is current there."""
     stream = torch.cuda.current_stream(device)

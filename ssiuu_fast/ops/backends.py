@@ -22,8 +22,8 @@ BACKENDS = ("cuda", "cpp", "triton", "reference")
 # which backends have a kernel for an operator; the reference serves every one
 KERNELS = {
     "penalty_": ("cuda", "cpp", "triton"),
-    "neuron_attribution": ("cuda", "cpp"),
-    "neuron_penalty": ("cuda", "cpp"),
+    "neuron_attribution": ("cuda", "cpp", "triton"),
+    "neuron_penalty": ("cuda", "cpp", "triton"),
 }
 
 

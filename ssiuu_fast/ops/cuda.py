@@ -34,11 +34,10 @@ def penalty(gradients, parameters, references, outs, options):
 
 
 def neuron_attribution(hidden, gradient, mask):
-    """Return max, min and sum over tokens, [batch, neurons] in float32."""
+    """Return max, min and sum over tokens, [batch, neurons] in float32; mask in bytes or None."""
     batch, _, neurons = hidden.shape
     index, stream = addresses.launch_place(hidden.device)
     with torch.cuda.device_of(hidden):
-        mask = addresses.byte_mask(mask)
         numbers = addresses.neuron_numbers(hidden, gradient, mask)
         workspace = _bytes(backends._C.cuda_neuron_attribution_workspace(numbers, index), hidden.device)
         results = [torch.empty(batch, neurons, device=hidden.device, dtype=torch.float32) for _ in range(3)]
@@ -48,11 +47,10 @@ def neuron_attribution(hidden, gradient, mask):
 
 
 def neuron_penalty(hidden, gradient, reference, mask, weight, attribution, per_sample, one_sided):
-    """Overwrite gradient with the injection, fill attribution, return penalty and negative."""
+    """Overwrite gradient with the injection, fill attribution, return penalty and negative; mask in bytes or None."""
     device = hidden.device
     index, stream = addresses.launch_place(device)
     with torch.cuda.device_of(hidden):
-        mask = addresses.byte_mask(mask)
         numbers = addresses.neuron_numbers(hidden, gradient, mask)
         workspace = _bytes(backends._C.cuda_neuron_penalty_workspace(numbers, per_sample, index), device)
         floats = torch.empty(2, dtype=torch.float64, device=device)

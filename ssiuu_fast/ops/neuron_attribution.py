@@ -31,7 +31,7 @@ def neuron_attribution(
         hidden, gradient: [batch, tokens, neurons] of one dtype: float32, bfloat16, float16 (computed in float32) or
             float64 (in float64). Batch and token may have any strides, neurons must lie next to each other.
         mask: None, or bool or integer [batch, tokens]: tokens with 0 don't count, whatever they hold, NaN included.
-        backend: "auto", "cpp", "cuda" or "reference".
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
 
     Returns:
         NeuronAttribution of [batch, neurons] in float32 (float64 for float64), without gradient history. A sample
@@ -42,10 +42,19 @@ def neuron_attribution(
         TypeError, ValueError: what is wrong and what to do.
         RuntimeError: the backend asked for can't run here, with the reason.
     """
+    if torch.compiler.is_compiling():
+        from ssiuu_fast.ops import library
+
+        return library.traced_neuron_attribution(hidden, gradient, mask, backend)
+    return run_neuron_attribution(hidden, gradient, mask, backend)
+
+
+def run_neuron_attribution(hidden, gradient, mask, backend) -> NeuronAttribution:
+    """neuron_attribution outside of a traced graph."""
     check_pair(hidden, gradient, mask)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_attribution", hidden.device, double=double)
-    run = {"cuda": _cuda, "cpp": _cpp, "reference": _reference}[name]
+    run = {"cuda": _cuda, "cpp": _cpp, "triton": _triton, "reference": _reference}[name]
     with torch.no_grad():
         return run(hidden, gradient, mask)
 
@@ -75,6 +84,11 @@ def check_pair(hidden: Tensor, gradient: Tensor, mask: Tensor | None) -> None:
         )
 
 
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """The mask as kernels take it: contiguous bytes, 0 or 1."""
+    return None if mask is None else (mask != 0).contiguous().view(torch.uint8)
+
+
 def _empty_result(hidden):
     batch, _, neurons = hidden.shape
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -82,13 +96,12 @@ def _empty_result(hidden):
 
 
 def _cuda(hidden, gradient, mask):
-    return NeuronAttribution(*cuda.neuron_attribution(hidden, gradient, mask))
+    return NeuronAttribution(*cuda.neuron_attribution(hidden, gradient, mask_bytes(mask)))
 
 
 def _cpp(hidden, gradient, mask):
     result = _empty_result(hidden)
-    if mask is not None:
-        mask = (mask != 0).contiguous()
+    mask = mask_bytes(mask)
     backends._C.neuron_attribution(
         hidden.data_ptr(),
         gradient.data_ptr(),
@@ -100,6 +113,14 @@ def _cpp(hidden, gradient, mask):
         DTYPE_CODES[hidden.dtype],
         torch.get_num_threads(),
     )
+    return result
+
+
+def _triton(hidden, gradient, mask):
+    from ssiuu_fast.kernels.neuron_attribution import neuron_attribution as triton_attribution
+
+    result = _empty_result(hidden)
+    triton_attribution(hidden, gradient, mask_bytes(mask), result)
     return result
 
 

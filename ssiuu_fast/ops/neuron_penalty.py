@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssiuu_fast.ops import backends, cuda
 from ssiuu_fast.ops.checks import DTYPE_CODES, check_apart, check_contiguous, check_own_memory, check_written
-from ssiuu_fast.ops.neuron_attribution import check_pair
+from ssiuu_fast.ops.neuron_attribution import check_pair, mask_bytes
 
 
 class NeuronPenalty(NamedTuple):
@@ -63,11 +63,20 @@ def neuron_penalty(
         TypeError, ValueError: before anything is changed, with what is wrong and what to do.
         RuntimeError: the backend asked for can't run here, with the reason.
     """
+    if torch.compiler.is_compiling():
+        from ssiuu_fast.ops import library
+
+        return library.traced_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample, one_sided, backend)
+    return run_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample, one_sided, backend)
+
+
+def run_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample, one_sided, backend) -> NeuronPenalty:
+    """neuron_penalty outside of a traced graph."""
     check_pair(hidden, gradient, mask)
     weight = _check(hidden, gradient, reference, weight, per_sample)
     double = hidden.dtype == torch.float64
     name = backends.choose(backend, "neuron_penalty", hidden.device, double=double)
-    run = {"cuda": _cuda, "cpp": _cpp, "reference": _reference}[name]
+    run = {"cuda": _cuda, "cpp": _cpp, "triton": _triton, "reference": _reference}[name]
     with torch.no_grad():
         result = run(hidden, gradient, reference, mask, weight, bool(per_sample), bool(one_sided))
     # tell autograd, as an in-place torch operator would: kernels write through bare pointers
@@ -117,6 +126,7 @@ def attribution_form(hidden: Tensor, per_sample: bool) -> tuple[torch.dtype, tor
 def _cuda(hidden, gradient, reference, mask, weight, per_sample, one_sided):
     dtype, shape = attribution_form(hidden, per_sample)
     attribution = torch.empty(shape, dtype=dtype, device=hidden.device)
+    mask = mask_bytes(mask)
     sums = cuda.neuron_penalty(hidden, gradient, reference, mask, weight, attribution, per_sample, one_sided)
     return NeuronPenalty(gradient, attribution, *sums)
 
@@ -124,8 +134,7 @@ def _cuda(hidden, gradient, reference, mask, weight, per_sample, one_sided):
 def _cpp(hidden, gradient, reference, mask, weight, per_sample, one_sided):
     dtype, shape = attribution_form(hidden, per_sample)
     attribution = torch.empty(shape, dtype=dtype)
-    if mask is not None:
-        mask = (mask != 0).contiguous()
+    mask = mask_bytes(mask)
     penalty, negative = backends._C.neuron_penalty(
         hidden.data_ptr(),
         gradient.data_ptr(),
@@ -142,6 +151,24 @@ def _cpp(hidden, gradient, reference, mask, weight, per_sample, one_sided):
         torch.get_num_threads(),
     )
     return NeuronPenalty(gradient, attribution, torch.tensor(penalty, dtype=torch.float64), torch.tensor(negative))
+
+
+def _triton(hidden, gradient, reference, mask, weight, per_sample, one_sided):
+    from ssiuu_fast.kernels.neuron_penalty import neuron_penalty as triton_penalty
+
+    dtype, shape = attribution_form(hidden, per_sample)
+    attribution = torch.empty(shape, dtype=dtype, device=hidden.device)
+    sums = triton_penalty(
+        hidden,
+        gradient,
+        reference,
+        mask_bytes(mask),
+        attribution,
+        weight=weight,
+        per_sample=per_sample,
+        one_sided=one_sided,
+    )
+    return NeuronPenalty(gradient, attribution, *sums)
 
 
 def _reference(hidden, gradient, reference, mask, weight, per_sample, one_sided):

@@ -94,6 +94,32 @@ def penalty_(
         TypeError, ValueError: before anything is changed, with the index, what is wrong and what to do.
         RuntimeError: the backend asked for can't run here, with the reason.
     """
+    flags = (one_sided, update_references, first)
+    if torch.compiler.is_compiling():
+        from ssiuu_fast.ops import library
+
+        return library.traced_penalty_(
+            gradients, parameters, references, weight, out, *flags, gradient_scale, nonfinite_counts, backend
+        )
+    return run_penalty_(
+        gradients, parameters, references, weight, out, *flags, gradient_scale, nonfinite_counts, backend
+    )
+
+
+def run_penalty_(
+    gradients,
+    parameters,
+    references,
+    weight,
+    out,
+    one_sided,
+    update_references,
+    first,
+    gradient_scale,
+    nonfinite_counts,
+    backend,
+) -> PenaltyResult:
+    """penalty_ outside of a traced graph."""
     outs = [None] * len(gradients) if out is None else out
     _check(gradients, parameters, references, outs, update_references or first)
     weight = _check_weight(weight, gradients)

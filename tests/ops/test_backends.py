@@ -36,17 +36,18 @@ def built_with_cuda(monkeypatch):
 
 def test_auto_takes_the_fastest_that_fits_the_device(monkeypatch, built_with_cuda):
     monkeypatch.setattr(backends, "_has_triton", lambda: True)
-    assert backends.choose("auto", "penalty_", CPU) == "cpp"
-    built_with_cuda("")
-    assert backends.choose("auto", "penalty_", CUDA) == "cuda"
-    assert backends.choose("auto", "neuron_attribution", CUDA) == "cuda"
-    assert backends.choose("auto", "neuron_penalty", CUDA) == "cuda"
-    assert backends.choose("auto", "penalty_", CUDA, double=True) == "reference"
-    assert backends.choose("auto", "penalty_", MPS) == "reference"
-    built_with_cuda("the driver is too old")
-    assert backends.choose("auto", "penalty_", CUDA) == "triton"
-    monkeypatch.setattr(backends, "_has_triton", lambda: False)
-    assert backends.choose("auto", "penalty_", CUDA) == "reference"
+    for operator in backends.KERNELS:
+        assert backends.choose("auto", operator, CPU) == "cpp"
+    for operator in backends.KERNELS:
+        monkeypatch.setattr(backends, "_has_triton", lambda: True)
+        built_with_cuda("")
+        assert backends.choose("auto", operator, CUDA) == "cuda"
+        assert backends.choose("auto", operator, CUDA, double=True) == "reference"
+        assert backends.choose("auto", operator, MPS) == "reference"
+        built_with_cuda("the driver is too old")
+        assert backends.choose("auto", operator, CUDA) == "triton"
+        monkeypatch.setattr(backends, "_has_triton", lambda: False)
+        assert backends.choose("auto", operator, CUDA) == "reference"
 
 
 def cuda_row():
@@ -100,6 +101,13 @@ def test_an_explicit_backend_on_the_wrong_device_says_why(monkeypatch):
         backends.choose("triton", "penalty_", CPU)
     with pytest.raises(RuntimeError, match="these are on mps"):
         backends.choose("triton", "penalty_", MPS)
+
+
+def test_an_operator_without_a_kernel_says_so(monkeypatch):
+    monkeypatch.setitem(backends.KERNELS, "penalty_", ("cpp",))
+    assert backends.choose("auto", "penalty_", CUDA) == "reference"
+    with pytest.raises(RuntimeError, match="no triton kernel of penalty_"):
+        backends.choose("triton", "penalty_", CUDA)
 
 
 def test_every_backend_is_reported_with_a_reason():

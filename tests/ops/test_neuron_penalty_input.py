@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from neuron_cases import BACKENDS
 
 from ssiuu_fast.ops import neuron_penalty
 
-BACKENDS = pytest.mark.parametrize("backend", ["reference", "cpp"])
+EACH_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def arguments(**changes):
@@ -63,7 +64,7 @@ BAD = [
 ]
 
 
-@BACKENDS
+@EACH_BACKEND
 @pytest.mark.parametrize(("changes", "error", "message"), BAD, ids=[row[2] for row in BAD])
 def test_bad_input(backend, changes, error, message):
     given = arguments(**changes)
@@ -74,12 +75,13 @@ def test_bad_input(backend, changes, error, message):
         assert torch.equal(value, kept) if isinstance(value, torch.Tensor) else value == kept or value != value
 
 
-@BACKENDS
+@EACH_BACKEND
 def test_dimensions_of_one_element_may_have_any_stride(backend):
     gradient = torch.ones(1, 4).as_strided((1, 1, 4), (0, 0, 1))
-    result = neuron_penalty(-torch.ones(1, 1, 4), gradient, torch.zeros(4), weight=0.5, per_sample=False)
+    options = {"weight": 0.5, "per_sample": False, "backend": backend}
+    result = neuron_penalty(-torch.ones(1, 1, 4), gradient, torch.zeros(4), **options)
     # A = d = −1
     assert result.injection.tolist() == [[[-1] * 4]]
     column = torch.ones(2, 3).as_strided((2, 3, 1), (3, 1, 0))
-    result = neuron_penalty(-torch.ones(2, 3, 1), column, torch.zeros(1), weight=0.5, per_sample=False)
+    result = neuron_penalty(-torch.ones(2, 3, 1), column, torch.zeros(1), **options)
     assert result.injection.flatten().tolist() == [-6] * 6

@@ -10,6 +10,7 @@ import torch
 import triton
 
 from ssiuu_fast.kernels import tuning
+from ssiuu_fast.kernels.penalty import WARPS
 from ssiuu_fast.ops.blockwise8 import LIMIT
 
 
@@ -25,7 +26,7 @@ def test_under_the_interpreter():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("warps", tuning.WARPS)
+@pytest.mark.parametrize("warps", WARPS)
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("variant", ["in place", "add, one-sided", "first", "8-bit", "8-bit, first"])
 def test_compiles_for(capability, variant, warps):
@@ -73,7 +74,7 @@ def test_compiles_for(capability, variant, warps):
     assert ("div.rn.f32" in compiled.asm["ptx"]) == eight_bits
 
 
-def test_warps_are_chosen_once_a_key_on_buffers_of_their_own(monkeypatch):
+def test_the_choice_is_measured_once_a_key(monkeypatch):
     timed, capturing = [], False
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "_milliseconds", lambda launch, warps: launch(warps))
@@ -82,18 +83,21 @@ def test_warps_are_chosen_once_a_key_on_buffers_of_their_own(monkeypatch):
     def prepare():
         return lambda warps: timed.append(warps) or 1 / warps
 
+    def fastest(key, device, prepare=prepare):
+        return tuning.fastest(key, (4, 8), device, prepare)
+
     cuda = torch.device("cuda", 0)
-    assert tuning.fastest("a", torch.device("cpu"), prepare) == tuning.DEFAULT and not timed
+    assert fastest("a", torch.device("cpu")) == 4 and not timed
     capturing = True
-    assert tuning.fastest("a", cuda, prepare) == tuning.DEFAULT and not timed
+    assert fastest("a", cuda) == 4 and not timed
     capturing = False
-    assert [tuning.fastest("a", cuda, prepare) for _ in range(2)] == [max(tuning.WARPS)] * 2
-    assert timed == list(tuning.WARPS)
+    assert [fastest("a", cuda) for _ in range(2)] == [8, 8]
+    assert timed == [4, 8]
     capturing = True
-    assert tuning.fastest("a", cuda, prepare) == max(tuning.WARPS)
+    assert fastest("a", cuda) == 8
 
     def no_memory():
         raise torch.OutOfMemoryError
 
     capturing = False
-    assert tuning.fastest("b", cuda, no_memory) == tuning.DEFAULT
+    assert fastest("b", cuda, no_memory) == 4

@@ -1,0 +1,221 @@
+"""The operators as torch.library knows them, so that torch.compile takes a step that calls them into its graph.
+
+In a traced graph the public functions call these forms, which change nothing, and copy the results into place; outside
+they call the kernels directly. Nothing here can be differentiated, as the public functions can't: their results have no
+gradient history, whatever requires grad among the inputs.
+"""
+
+import torch
+from torch import Tensor
+
+from ssiuu_fast.ops.checks import check_written
+from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, run_neuron_attribution
+from ssiuu_fast.ops.neuron_penalty import NeuronPenalty, attribution_form, run_neuron_penalty
+from ssiuu_fast.ops.penalty import PenaltyResult, run_penalty_
+
+# Forms that mutate can be compiled wrongly (pytorch issue 198031).
+
+
+@torch.library.custom_op("ssiuu_fast::penalty", mutates_args=())
+def penalty(
+    gradients: list[Tensor],
+    parameters: list[Tensor],
+    references: list[Tensor],
+    outs: list[Tensor | None],
+    weight: float,
+    weight_tensor: Tensor | None,
+    one_sided: bool,
+    update_references: bool,
+    first: bool,
+    gradient_scale: float,
+    backend: str,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
+    """penalty_ without writing: (what gradients or out become, references or none, three sums, non-finite counts).
+
+    weight_tensor, where there is one, is the weight.
+    """
+    written = [_target(*pair).clone() for pair in zip(gradients, outs, strict=True)]
+    if update_references or first:
+        references = [reference.clone() for reference in references]
+    counts = torch.empty(len(gradients), dtype=torch.int64, device=gradients[0].device)
+    sums = run_penalty_(
+        [new if out is None else gradient for new, gradient, out in zip(written, gradients, outs, strict=True)],
+        parameters,
+        references,
+        weight if weight_tensor is None else weight_tensor,
+        [None if out is None else new for new, out in zip(written, outs, strict=True)],
+        one_sided,
+        update_references,
+        first,
+        gradient_scale,
+        counts,
+        backend,
+    )
+    # an operator may not return what it was given
+    references = references if update_references or first else []
+    return written, references, sums.penalty, sums.negative, sums.gradient_square, counts
+
+
+@penalty.register_fake
+def _(
+    gradients,
+    parameters,
+    references,
+    outs,
+    weight,
+    weight_tensor,
+    one_sided,
+    update_references,
+    first,
+    gradient_scale,
+    backend,
+):
+    written = [torch.empty_like(_target(*pair)) for pair in zip(gradients, outs, strict=True)]
+    references = [torch.empty_like(r) for r in references] if update_references or first else []
+    square, negative = _fake_sums(gradients[0])
+    counts = gradients[0].new_empty(len(gradients), dtype=torch.int64)
+    return written, references, square, negative, torch.empty_like(square), counts
+
+
+def traced_penalty_(
+    gradients,
+    parameters,
+    references,
+    weight,
+    out,
+    one_sided,
+    update_references,
+    first,
+    gradient_scale,
+    nonfinite_counts,
+    backend,
+) -> PenaltyResult:
+    """penalty_ in a traced graph."""
+    outs = [None] * len(gradients) if out is None else list(out)
+    for i, reference in enumerate(references):
+        if not isinstance(reference, Tensor):
+            raise TypeError(
+                f"references[{i}] is a {type(reference).__name__}, and torch.compile takes tensors only: call penalty_"
+                " outside of the compiled function, or in one under torch.compiler.disable"
+            )
+    targets = [_target(*pair) for pair in zip(gradients, outs, strict=True)]
+    for i, target in enumerate(targets):
+        check_written(target, f"gradients[{i}]" if outs[i] is None else f"out[{i}]")
+    if update_references or first:
+        for i, reference in enumerate(references):
+            check_written(reference, f"references[{i}]")
+    if not gradients:
+        return PenaltyResult(
+            *(torch.zeros((), dtype=dtype) for dtype in (torch.float64, torch.int64, torch.float64, torch.int64))
+        )
+    with torch.no_grad():
+        written, new_references, square, negative, gradient_square, counts = torch.ops.ssiuu_fast.penalty(
+            list(gradients),
+            list(parameters),
+            list(references),
+            outs,
+            *_number_and_tensor(weight),
+            bool(one_sided),
+            bool(update_references),
+            bool(first),
+            float(gradient_scale),
+            backend,
+        )
+        for target, new in zip(targets, written, strict=True):
+            target.copy_(new)
+        # none are given where references stay
+        for reference, new in zip(references, new_references, strict=False):
+            reference.copy_(new)
+        if nonfinite_counts is not None:
+            nonfinite_counts.copy_(counts)
+    return PenaltyResult(square, negative, gradient_square, counts.sum())
+
+
+@torch.library.custom_op("ssiuu_fast::neuron_attribution", mutates_args=())
+def neuron_attribution(
+    hidden: Tensor, gradient: Tensor, mask: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """neuron_attribution: (max, min, sum)."""
+    return tuple(run_neuron_attribution(hidden, gradient, mask, backend))
+
+
+@neuron_attribution.register_fake
+def _(hidden, gradient, mask, backend):
+    dtype, shape = attribution_form(hidden, per_sample=True)
+    return tuple(hidden.new_empty(shape, dtype=dtype) for _ in range(3))
+
+
+def traced_neuron_attribution(hidden, gradient, mask, backend) -> NeuronAttribution:
+    """neuron_attribution in a traced graph."""
+    with torch.no_grad():
+        return NeuronAttribution(*torch.ops.ssiuu_fast.neuron_attribution(hidden, gradient, mask, backend))
+
+
+@torch.library.custom_op("ssiuu_fast::neuron_penalty", mutates_args=())
+def neuron_penalty(
+    hidden: Tensor,
+    gradient: Tensor,
+    reference: Tensor | None,
+    mask: Tensor | None,
+    weight: float,
+    weight_tensor: Tensor | None,
+    per_sample: bool,
+    one_sided: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """neuron_penalty without writing: (injection, attribution, penalty, negative)."""
+    injection = gradient.clone(memory_format=torch.contiguous_format)
+    weight = weight if weight_tensor is None else weight_tensor
+    return tuple(run_neuron_penalty(hidden, injection, reference, mask, weight, per_sample, one_sided, backend))
+
+
+@neuron_penalty.register_fake
+def _(hidden, gradient, reference, mask, weight, weight_tensor, per_sample, one_sided, backend):
+    dtype, shape = attribution_form(hidden, per_sample)
+    injection = torch.empty_like(gradient, memory_format=torch.contiguous_format)
+    return injection, hidden.new_empty(shape, dtype=dtype), *_fake_sums(hidden)
+
+
+def traced_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample, one_sided, backend) -> NeuronPenalty:
+    """neuron_penalty in a traced graph."""
+    check_written(gradient, "gradient")
+    with torch.no_grad():
+        injection, *sums = torch.ops.ssiuu_fast.neuron_penalty(
+            hidden,
+            gradient,
+            reference,
+            mask,
+            *_number_and_tensor(weight),
+            bool(per_sample),
+            bool(one_sided),
+            backend,
+        )
+        gradient.copy_(injection)
+    return NeuronPenalty(gradient, *sums)
+
+
+def _mark_results(ctx, inputs, output):
+    lists = [result if isinstance(result, list) else [result] for result in output]
+    ctx.mark_non_differentiable(*(tensor for tensors in lists for tensor in tensors))
+
+
+def _no_backward(ctx, *gradients):
+    raise NotImplementedError("the operators of ssiuu_fast can't be differentiated")
+
+
+# without these, results would ask for a backward that there isn't wherever an input requires grad
+for _operator in (penalty, neuron_attribution, neuron_penalty):
+    _operator.register_autograd(_no_backward, setup_context=_mark_results)
+
+
+def _target(gradient, out):
+    return gradient if out is None else out
+
+
+def _fake_sums(like):
+    return like.new_empty((), dtype=torch.float64), like.new_empty((), dtype=torch.int64)
+
+
+def _number_and_tensor(weight):
+    """A schema has no type for either."""
+    return (0.0, weight) if isinstance(weight, Tensor) else (float(weight), None)
