@@ -85,17 +85,7 @@ def case_of(combinations, options, seed, sizes=SIZES):
 
 
 def random_call(seed, *, poison=False):
-    """random_case, with every fourth reference in 8 bits."""
-    generator = torch.Generator().manual_seed(seed)
-    case = random_case(generator, poison=poison)
-    if hasattr(ops, "Blockwise8"):
-        for i, reference in enumerate(case.references):
-            if torch.randint(4, (), generator=generator) == 0:
-                if poison and not case.options["first"]:
-                    # a block of 8 bits can't hold a NaN
-                    reference = reference.nan_to_num(0.5)
-                case.references[i] = encoded(reference, generator)
-    return case
+    return random_case(torch.Generator().manual_seed(seed), poison=poison)
 
 
 def in_float(case):
