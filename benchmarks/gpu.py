@@ -89,19 +89,21 @@ def print_case(case: Case, rows: list[DeviceRow], limits: dict[str, float]) -> N
 
 
 def print_goals(case: Case, by_name: dict[str, DeviceRow], limits: dict[str, float]) -> None:
+    print()
     for name in case.goals_of:
-        row = by_name.get(name)
-        if row is None or row.failure:
+        row = by_name[name]
+        if row.failure:
             continue
         for against, least in case.goals.items():
             if against == "limit":
                 value = row.gigabytes_per_second / limits[case.limit] if limits[case.limit] else None
-                said, goal = f"{value:.0%} of {case.limit}" if value else "", f"at least {least:.0%}"
+                what = f"of {case.limit}"
             else:
                 value = times_as_fast(row, by_name, against, case.by_call)
-                said, goal = f"{value:.2f} × {against}" if value else "", f"at least {least:g}"
+                what = f"× {against}"
             if value is not None:
-                print(f"\n- {name}: {said}, goal {goal}: {'met' if value >= least else 'MISSED'}", flush=True)
+                met = "met" if value >= least else "MISSED"
+                print(f"- {name}: {value:.2f} {what}, goal at least {least:g}: {met}", flush=True)
 
 
 def measure(make, stopwatch: Stopwatch, rounds: int, limits: dict[str, float]) -> list[DeviceRow]:

@@ -1,6 +1,7 @@
 """benchmarks/gpu.py runs, on the CPU with tiny sizes: what it prints, and its rows."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def test_it_runs_and_a_contestant_that_fails_is_a_row(tmp_path):
     file = tmp_path / "rows.json"
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--device", "cpu", "--rounds", "2", "--json", str(file)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    # threads that wait for each other are slow where the cores are shared
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout + run.stderr
     for title in ("Limits", "neuron_attribution", "neuron_penalty", "penalty_, Llama", "penalty_, small"):
         assert f"### {title}" in run.stdout
-    assert "goal at least 90%" in run.stdout
+    assert "goal at least 0.9" in run.stdout
     rows = json.loads(file.read_text())
     contestants = {row["contestant"] for row in rows if row["benchmark"] == "penalty_"}
     assert contestants == {"cpp", "reference", "cuda", "eager", "foreach", "compiled"}

@@ -25,8 +25,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deterministic"),
 ]
 BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
-# Triton compiles a kernel for each combination of dtypes and options, about 0.2 s each
-RANDOM_CASES = {"cuda": 1000, "triton": 40}
+# Triton compiles and tunes a kernel for each combination of dtypes and options, about 0.2 s each
+RANDOM_CASES = {"cuda": 1000, "triton": 20}
 
 
 @pytest.mark.parametrize("layout", [ALIGNED, ODD, MIXED], ids=["aligned", "odd", "mixed"])
@@ -60,7 +60,7 @@ def test_random_cases_with_nonfinite_elements_equal_the_reference(device, backen
 @pytest.mark.parametrize("poison", [False, True])
 def test_cuda_and_triton_agree_bit_for_bit(device, poison):
     # seeds whose Triton kernels the tests above have compiled
-    for seed in range(RANDOM_CASES["triton"] // 4):
+    for seed in range(RANDOM_CASES["triton"] // (4 if poison else 1)):
         case = random_call(seed, poison=poison)
         cuda, triton = placed(case, device, seed % 3), placed(case, device, ALIGNED)
         (one, one_counts), (other, other_counts) = run(cuda, "cuda", "cuda"), run(triton, "triton", "triton")

@@ -95,9 +95,10 @@ def test_nonfinite_attributions_raise_when_they_are_next_looked_at(device, value
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, "8bit"], ids=str)
-def test_backward_does_not_wait_for_the_device(device, backend, state_dtype):
+@pytest.mark.parametrize("nonfinite", ["count", "raise"])
+def test_backward_does_not_wait_for_the_device(device, backend, state_dtype, nonfinite):
     model = tiny_llama(torch.float32).to(device)
-    regularizer = SSIUURegularizer(model, WEIGHT, state_dtype=state_dtype, nonfinite="count", backend=backend)
+    regularizer = SSIUURegularizer(model, WEIGHT, state_dtype=state_dtype, nonfinite=nonfinite, backend=backend)
     try:
         # the first two steps compile: without and with a reference
         for seed in range(5):
