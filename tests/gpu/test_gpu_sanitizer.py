@@ -16,9 +16,9 @@ CHECKS = {"memcheck": ["--report-api-errors", "no"], "racecheck": []}
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_nothing_is_found(check):
-    tool = shutil.which("compute-sanitizer")
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
-        pytest.skip("compute-sanitizer is not on the PATH")
+        pytest.skip("compute-sanitizer is neither on the PATH nor in /usr/local/cuda/bin")
     run = subprocess.run(
         [tool, "--tool", check, *CHECKS[check], "--error-exitcode", "9", sys.executable, str(SCRIPT)],
         # each tensor in an allocation of its own, so that a step outside one is seen
