@@ -14,7 +14,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 # threads that wait for each other in a busy loop stall a run as soon as anything else wants a core
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow lint bench cuda-all clean
+.PHONY: demo test test-slow test-gpu lint bench bench-gpu cuda-all clean
 
 demo: $(INSTALLED)
 	$(BIN)/ssiuu-fast demo
@@ -25,11 +25,18 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
 
+# needs a CUDA device; the kernels are built for it where the build finds nvcc
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m gpu
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/penalty.py
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py
 
 # every CUDA kernel for every architecture, with what the compiler gave it; needs nvcc, no GPU
 cuda-all:

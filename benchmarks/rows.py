@@ -1,9 +1,12 @@
 """A benchmark's row: what was measured, in quantiles, and on what."""
 
+import functools
+import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,6 +35,31 @@ def versions() -> dict[str, str]:
     return {"ssiuu_fast": ssiuu_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
+@functools.cache
+def gpu_versions() -> dict[str, str]:
+    """versions(), and those of CUDA, its driver and Triton."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return versions() | {"cuda": torch.version.cuda, "driver": _nvidia_smi("driver_version"), "triton": triton}
+
+
+def gpu_clocks() -> str:
+    """Clocks of SM and memory as they are now, as in '1980 MHz, 3201 MHz'; unknown where nvidia-smi doesn't say."""
+    return _nvidia_smi("clocks.sm,clocks.mem")
+
+
+def _nvidia_smi(fields):
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    lines = said.stdout.strip().splitlines()
+    return lines[0].strip() if said.returncode == 0 and lines else "unknown"
+
+
 def _now():
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -55,6 +83,19 @@ class Row:
     @property
     def median(self) -> float:
         return self.seconds[1]
+
+
+@dataclass
+class DeviceRow(Row):
+    """A row of benchmarks/gpu.py. seconds are the device's own; None where the contestant failed, and `failure` why."""
+
+    seconds: tuple[float, float, float] | None
+    gigabytes_per_second: float | None
+    # on an idle device, the host's work before the first launch and between launches included
+    call_seconds: tuple[float, float, float] | None = None
+    state_bytes_per_parameter: float | None = None
+    failure: str = ""
+    clocks: str = ""
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:

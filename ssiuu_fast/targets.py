@@ -24,22 +24,28 @@ def target_sum(log_probs: Tensor, target: str, token_counts: Tensor | None = Non
 
 
 def check_log_probs(log_probs: Tensor, target: str, token_counts: Tensor | None) -> None:
-    """Raises ValueError unless log_probs are [B ≥ 1] live, sound numbers with the token counts the target needs."""
+    """Raises ValueError unless log_probs are [B ≥ 1] live numbers with the token counts the target needs.
+
+    The numbers themselves are looked at on the CPU only: elsewhere looking would wait for the device. What is broken
+    there makes attributions that aren't finite, which are left out, counted and raised as `nonfinite` says.
+    """
     if log_probs.dim() != 1:
         raise ValueError(f"log_probs must be one number a sample, shape [B], got {list(log_probs.shape)}")
     if not log_probs.numel():
         raise ValueError("log_probs is empty: the forget set or this batch of it has no sample")
     if not log_probs.requires_grad:
         raise ValueError("log_probs has no graph: form it with gradients enabled, from this model's logits")
-    wrong = (torch.isnan(log_probs) | (log_probs == float("inf"))).nonzero()
-    if len(wrong):
-        index = wrong[0].item()
-        raise ValueError(
-            f"log_probs[{index}] is {log_probs[index].item()}: the model's output is broken. Nothing was changed; "
-            "lower the learning rate or go back to a sound checkpoint"
-        )
+    on_cpu = log_probs.device.type == "cpu"
+    if on_cpu:
+        wrong = (torch.isnan(log_probs) | (log_probs == float("inf"))).nonzero()
+        if len(wrong):
+            index = wrong[0].item()
+            raise ValueError(
+                f"log_probs[{index}] is {log_probs[index].item()}: the model's output is broken. Nothing was changed; "
+                "lower the learning rate or go back to a sound checkpoint"
+            )
     if target == "mean_token_probability":
         if token_counts is None:
             raise ValueError("target='mean_token_probability' needs token_counts: pass answer_token_counts(labels)")
-        if token_counts.shape != log_probs.shape or not (token_counts > 0).all():
+        if token_counts.shape != log_probs.shape or (on_cpu and not (token_counts > 0).all()):
             raise ValueError(f"token_counts must be {len(log_probs)} numbers above 0, got {token_counts.tolist()}")

@@ -18,6 +18,13 @@ def pytest_configure(config):
         config.option.markexpr = "not slow and not gpu"
 
 
+def pytest_ignore_collect(collection_path, config):
+    # a machine with a GPU need not have what the other tests import
+    if config.option.markexpr == "gpu" and collection_path.is_file() and collection_path.parent.name != "gpu":
+        return True
+    return None
+
+
 @pytest.fixture(scope="session")
 def taught_folder(tmp_path_factory):
     """Folder of a model that knows a few invented people."""

@@ -64,17 +64,18 @@ def contiguous(shape, dtype, generator):
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def cases():
-    """(name, Case): every dtype × shape × seed × grain × mask × option, the memory layouts in turn.
-
-    The interpreter is slow: it gets each seventeenth, which still meets nearly every two settings together.
-    """
-    return list(_cases())[:: 17 if INTERPRETED else 1]
+# The interpreter is slow: each seventeenth case still meets nearly every two settings together.
+EVERY = 17 if INTERPRETED else 1
 
 
-def _cases():
+def cases(dtypes=DTYPES, shapes=SHAPES, every=EVERY):
+    """(name, Case): dtype × shape × seed × grain × mask × option, the memory layouts in turn; each `every`-th."""
+    return list(_cases(dtypes, shapes))[::every]
+
+
+def _cases(dtypes, shapes):
     layouts = [(contiguous, contiguous), (strided, contiguous), (contiguous, strided), (expanded, strided)]
-    grid = product(DTYPES, SHAPES, (0, 1), (True, False), (True, False), ("two-sided", "one-sided", "no reference"))
+    grid = product(dtypes, shapes, (0, 1), (True, False), (True, False), ("two-sided", "one-sided", "no reference"))
     for number, (dtype, shape, seed, per_sample, masked, option) in enumerate(grid):
         generator = torch.Generator().manual_seed(seed)
         of_hidden, of_gradient = layouts[number % len(layouts)]
