@@ -32,7 +32,7 @@ def versions() -> dict[str, str]:
     return {"ssiuu_fast": ssiuu_fast.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
-def _now():
+def now():
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -50,7 +50,7 @@ class Row:
     threads: int = field(default_factory=torch.get_num_threads)
     hardware: str = field(default_factory=hardware)
     versions: dict[str, str] = field(default_factory=versions)
-    timestamp: str = field(default_factory=_now)
+    timestamp: str = field(default_factory=now)
 
     @property
     def median(self) -> float:

@@ -82,7 +82,7 @@ class Blockwise8:
     def decode(self) -> Tensor:
         """The values, float32."""
         table = VALUES.to(self.device)
-        scales = self.absmax.repeat_interleave(BLOCK)[: self.numel()].view(self.shape)
+        scales = self.absmax[:, None].expand(-1, BLOCK).reshape(-1)[: self.numel()].view(self.shape)
         return table[self.codes.int()] * scales
 
     def decode_strided(self, stride: int) -> Tensor:
