@@ -4,7 +4,6 @@ Meaning and checks are in ssiuu_fast/ops/penalty.py; the formulas are those of c
 blockwise8.h.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -244,7 +243,7 @@ def _prepared(gradients, parameters, references, outs, dtypes, weight, options):
             options.gradient_scale,
             partial_sums,
             partial_counts,
-            _code_values(device),
+            blockwise8.values_on(device),
             GRADIENT=_TYPES[gradient_type],
             PARAMETER=_TYPES[parameter_type],
             REFERENCE=_TYPES[reference_type],
@@ -276,11 +275,6 @@ def _row(gradient, parameter, reference, out):
         gradient.numel(),
         absmax,
     ]
-
-
-@cache
-def _code_values(device):
-    return blockwise8.VALUES.to(device)
 
 
 def _chunks(sizes, device):
