@@ -6,10 +6,13 @@ The demo's invented people and model (experiment.py), Ssiuu at relative_weight 3
 forget rows and once with the whole forget set as one batch. Beside the fp32 run two more sets of references, of 16 and
 of 8 bits, are fed the same gradients on the same trajectory: the error is ‖v − v_fp32‖ / ‖v_fp32‖ of the penalty's
 gradient v = ∂R/∂φ over all regularised parameters, a step. Each state then unlearns by itself and is attacked.
+Prints a Markdown table: mean ± standard deviation over the seeds; median (10 % … 90 %) over the steps of a run,
+averaged over the seeds.
 """
 
 import argparse
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -33,7 +36,11 @@ STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
 
 @dataclass
 class StateRow:
-    """One unlearning run: how its references are stored, and what came of it."""
+    """One unlearning run: how its references are stored, and what came of it.
+
+    change: median |A − A_ref| / |A|, errors: of the other states' gradients beside an fp32 run; 10 %, 50 % and 90 %
+    quantiles over the steps.
+    """
 
     batches: str
     state: str
@@ -44,8 +51,8 @@ class StateRow:
     retain_score: float
     penalty_share: float
     warned: bool
-    changes: list[float]  # median |A − A_ref| / |A|, a step
-    errors: dict[str, list[float]]  # of the shadows' gradients beside an fp32 run, a step
+    change: tuple[float, float, float] | None
+    errors: dict[str, tuple[float, float, float]]
     attacks: dict[str, float]
     seconds: float
     hardware: str = field(default_factory=hardware)
@@ -130,23 +137,23 @@ def run(task, recipe, taught, batches, state, seed, scored_every=1):
         retain_score=retained,
         penalty_share=progress.penalty_share,
         warned=any("compares rounding errors" in str(warning.message) for warning in said),
-        changes=changes,
-        errors=regularizer.errors if state == "float32" else {},
+        change=quantiles(changes) if changes else None,
+        errors={name: quantiles(values) for name, values in regularizer.errors.items()} if state == "float32" else {},
         attacks={attack.name: attack.recovered for attack in attacks},
         seconds=time.perf_counter() - start,
     )
 
 
-def mean_sd(values):
+def mean_sd(values, form=".2f"):
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.2f} ± {spread:.2f}"
+    return f"{statistics.mean(values):{form}} ± {spread:{form}}"
 
 
-def middle(values, form):
-    """Median and the 10 % and 90 % quantiles."""
-    if len(values) < 2:
+def middle(runs, form):
+    """Median and the 10 % and 90 % quantiles, averaged over runs."""
+    if not runs:
         return "–"
-    low, median, high = quantiles(values)
+    low, median, high = (statistics.mean(values) for values in zip(*runs, strict=True))
     return f"{median:{form}} ({low:{form}} … {high:{form}})"
 
 
@@ -164,10 +171,10 @@ def table(rows):
             cells = [
                 batches,
                 state,
-                middle([error for errors in shadows for error in errors.get(state, [])], ".1%"),
-                middle([change for row in some for change in row.changes], ".0%"),
+                middle([errors[state] for errors in shadows if state in errors], ".1%"),
+                middle([row.change for row in some if row.change], ".0%"),
                 f"{sum(row.warned for row in some)} of {len(some)}",
-                mean_sd([row.steps for row in some]),
+                mean_sd([row.steps for row in some], ".0f"),
                 f"{statistics.mean(row.penalty_share for row in some):.0%}",
                 mean_sd([row.forget_score for row in some]),
                 mean_sd([row.retain_score for row in some]),
@@ -179,7 +186,7 @@ def table(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the rows to this file, after every run")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, after every run; those there are kept")
     parser.add_argument("--work", type=Path, help="folder for the taught model; one that is there is used again")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -196,9 +203,14 @@ def main():
         f"all {whole}": (replace(PEOPLE, batch_size=whole, max_epochs=PEOPLE.max_epochs * steps), 5),
     }
     rows = []
+    if args.json and args.json.exists():
+        rows = [StateRow(**row) for row in json.loads(args.json.read_text())]
+    done = {(row.batches, row.state, row.seed) for row in rows}
     for batches, (recipe, scored_every) in kinds.items():
         for seed in range(args.seeds):
             for state in STATES:
+                if (batches, state, seed) in done:
+                    continue
                 rows.append(run(task, recipe, taught, batches, state, seed, scored_every))
                 summary = asdict(rows[-1])
                 brief = (
