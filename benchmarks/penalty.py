@@ -2,9 +2,10 @@
 
     python benchmarks/penalty.py [--elements 100000000] [--rounds 9] [--threads 2] [--json rows.json]
 
-The limit is a C++ loop over the same buffers, chunks and threads that reads three and rewrites two with one
-exclusive or each. Contestants take turns round by round in one process, and buffers are restored before every call,
-outside the clock. GB/s counts the five passes over memory that the operator needs, for every contestant alike.
+All buffers in fp32, in bf16, and in fp32 with references in 8 bits. The limit is a C++ loop over the same buffers,
+chunks and threads that reads three and rewrites two with one exclusive or each. Contestants take turns round by round
+in one process, and buffers are restored before every call, outside the clock. GB/s counts the five passes over memory
+that the operator needs, for every contestant alike.
 Allocation is the growth of the process's peak resident memory during one call (Linux: VmHWM, reset before; freed heap
 is handed back first, so that reused memory counts too).
 """
@@ -19,44 +20,64 @@ import torch
 from rows import Row, hardware, quantiles, versions, write_rows
 
 from ssiuu_fast import _C
-from ssiuu_fast.ops import penalty_
-from ssiuu_fast.ops.checks import DTYPE_CODES
+from ssiuu_fast.ops import Blockwise8, penalty_
+from ssiuu_fast.ops.blockwise8 import tensors_of
+from ssiuu_fast.ops.checks import BLOCKWISE8_CODE, DTYPE_CODES
 
 WEIGHT = 0.1
 
 
-def transcription(gradient, parameter, reference):
-    """Algorithm 1 as one would write it down, in fp32 as the operator computes."""
+CASES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32, 8-bit references": (torch.float32, Blockwise8),
+}
+
+
+def transcription(gradient, parameter, *reference):
+    """Algorithm 1 as one would write it down, in fp32 as the operator computes; two tensors are an 8-bit reference."""
+    reference = Blockwise8(*reference) if len(reference) == 2 else reference[0]
+    eight_bits = isinstance(reference, Blockwise8)
     g = gradient.float()
     attribution = parameter.float() * g
     negative = attribution < 0
-    difference = torch.where(negative, attribution - reference.float(), 0)
+    before = reference.decode() if eight_bits else reference.float()
+    difference = torch.where(negative, attribution - before, 0)
     gradient.copy_(WEIGHT * 2 * difference * g)
-    reference.copy_(attribution)
+    reference.store(attribution) if eight_bits else reference.copy_(attribution)
     return difference.square().sum(), negative.sum()
 
 
 def contestants(gradient, parameter, reference):
     compiled = torch.compile(transcription, dynamic=False)
-    code = DTYPE_CODES[gradient.dtype]
-    table = [gradient.data_ptr(), parameter.data_ptr(), reference.data_ptr(), 0, gradient.numel(), code, code, code, 0]
+    code, stored = DTYPE_CODES[gradient.dtype], tensors_of(reference)
+    reference_code = BLOCKWISE8_CODE if len(stored) == 2 else code
+    table = [gradient.data_ptr(), parameter.data_ptr(), stored[0].data_ptr(), 0, gradient.numel()]
+    table += [code, code, reference_code, 0, stored[-1].data_ptr()]
     return {
         "C++": lambda: penalty_([gradient], [parameter], [reference], weight=WEIGHT, backend="cpp"),
-        "eager": lambda: transcription(gradient, parameter, reference),
-        "compiled": lambda: compiled(gradient, parameter, reference),
+        "eager": lambda: transcription(gradient, parameter, *stored),
+        "compiled": lambda: compiled(gradient, parameter, *stored),
         "limit": lambda: _C.penalty_traffic(table, torch.get_num_threads()),
     }
 
 
-def check(dtype):
-    """Raise unless the contestants that compute agree, on data of this dtype."""
-    generator = torch.Generator().manual_seed(1)
-    original = [torch.randn(1_000_003, generator=generator).to(dtype) for _ in range(3)]
+def buffers_of(elements, dtype, state, seed):
+    generator = torch.Generator().manual_seed(seed)
+    gradient, parameter, reference = (torch.randn(elements, generator=generator).to(dtype) for _ in range(3))
+    return gradient, parameter, Blockwise8.encode(reference) if state is Blockwise8 else reference
+
+
+def check(dtype, state):
+    """Raise unless the contestants that compute agree, on data of these dtypes."""
+    # torch.compile (2.13, CPU) decodes a last block of fewer than 256 elements wrongly
+    elements = 1_000_192 if state is Blockwise8 else 1_000_003
     outcomes = {}
     for name in ("eager", "compiled", "C++"):
-        buffers = [tensor.clone() for tensor in original]
-        penalty, negative, *_ = contestants(*buffers)[name]()
-        outcomes[name] = (buffers[0], buffers[2], penalty.double(), negative)
+        gradient, parameter, reference = buffers_of(elements, dtype, state, seed=1)
+        penalty, negative, *_ = contestants(gradient, parameter, reference)[name]()
+        stored = reference.decode() if state is Blockwise8 else reference
+        outcomes[name] = (gradient, stored, penalty.double(), negative)
     for name in ("compiled", "C++"):
         for mine, eager in zip(outcomes[name], outcomes["eager"], strict=True):
             tolerance = max(1e-5, torch.finfo(dtype).eps)
@@ -78,33 +99,34 @@ def _resident(field):
     return int(re.search(rf"{field}:\s+(\d+) kB", status).group(1)) * 1024
 
 
-def measure(dtype, elements, rounds):
-    check(dtype)
-    generator = torch.Generator().manual_seed(0)
-    gradient, parameter, reference = (torch.randn(elements, generator=generator).to(dtype) for _ in range(3))
-    kept = gradient.clone(), reference.clone()
+def measure(name, elements, rounds):
+    dtype, state = CASES[name]
+    check(dtype, state)
+    gradient, parameter, reference = buffers_of(elements, dtype, state, seed=0)
+    written = (gradient, *tensors_of(reference))
+    kept = [tensor.clone() for tensor in written]
 
     def restore():
-        gradient.copy_(kept[0])
-        reference.copy_(kept[1])
+        for tensor, values in zip(written, kept, strict=True):
+            tensor.copy_(values)
 
     calls = contestants(gradient, parameter, reference)
-    times = {name: [] for name in calls}
+    times = {contestant: [] for contestant in calls}
     for turn in range(rounds + 1):
-        for name, call in calls.items():
+        for contestant, call in calls.items():
             restore()
             start = time.perf_counter()
             call()
             # the first turn compiles and warms up
             if turn:
-                times[name].append(time.perf_counter() - start)
-    traffic = 5 * elements * dtype.itemsize
-    case = f"{elements / 1e6:g} M {str(dtype).removeprefix('torch.')}"
+                times[contestant].append(time.perf_counter() - start)
+    traffic = 3 * gradient.nbytes + 2 * sum(tensor.nbytes for tensor in tensors_of(reference))
+    case = f"{elements / 1e6:g} M {name}"
     rows = []
-    for name, call in calls.items():
-        seconds = quantiles(times[name])
+    for contestant, call in calls.items():
+        seconds = quantiles(times[contestant])
         speed = traffic / seconds[1] / 1e9
-        rows.append(Row("penalty", case, name, seconds, rounds, speed, peak_allocation(call, restore)))
+        rows.append(Row("penalty", case, contestant, seconds, rounds, speed, peak_allocation(call, restore)))
     return rows
 
 
@@ -133,8 +155,8 @@ def main():
     names = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"{hardware()}, {args.threads} threads, unit {_C.cpu_unit()}; {names}; median of {args.rounds} rounds")
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        measured = measure(dtype, args.elements, args.rounds)
+    for name in CASES:
+        measured = measure(name, args.elements, args.rounds)
         table(measured)
         rows += measured
     if args.json:

@@ -60,7 +60,7 @@ def _nvidia_smi(fields):
     return lines[0].strip() if said.returncode == 0 and lines else "unknown"
 
 
-def _now():
+def now():
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
@@ -78,7 +78,7 @@ class Row:
     threads: int = field(default_factory=torch.get_num_threads)
     hardware: str = field(default_factory=hardware)
     versions: dict[str, str] = field(default_factory=versions)
-    timestamp: str = field(default_factory=_now)
+    timestamp: str = field(default_factory=now)
 
     @property
     def median(self) -> float:

@@ -4,7 +4,6 @@ Meaning and checks are in ssiuu_fast/ops/penalty.py; the formulas are those of c
 blockwise8.h.
 """
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,8 @@ WARPS = (4, 8)
 _SHORTEST_CHUNK = 16 * _BLOCK
 # bounds the memory for partial sums
 _MOST_CHUNKS = 1 << 16
-# elements of the buffers that warps are chosen on: more than the second-level cache holds
-_SCRATCH = 1 << 22
+# of the buffers that warps are chosen on: more than the second-level cache of a GPU holds
+_SCRATCH_BYTES = 1 << 27
 
 
 @triton.jit
@@ -218,11 +217,15 @@ def _launch(gradients, parameters, references, outs, dtypes, weight, options):
 
 
 def _launch_on_scratch(dtypes, device):
+    elements = _SCRATCH_BYTES // sum(1 if dtype is Blockwise8 else dtype.itemsize for dtype in dtypes if dtype)
+
     def buffer(dtype):
         if dtype is None:
             return None
-        zeros = torch.zeros(_SCRATCH, dtype=torch.float32 if dtype is Blockwise8 else dtype, device=device)
-        return Blockwise8.encode(zeros) if dtype is Blockwise8 else zeros
+        if dtype is not Blockwise8:
+            return torch.zeros(elements, dtype=dtype, device=device)
+        reference = Blockwise8.empty_like(torch.empty(elements, device="meta"))
+        return Blockwise8(*(torch.zeros_like(tensor, device=device) for tensor in blockwise8.tensors_of(reference)))
 
     options = Options(1.0, 1.0, one_sided=False, update_references=True, first=False)
     return _prepared(*([buffer(dtype)] for dtype in dtypes), dtypes, torch.ones((), device=device), options)[0]
@@ -231,9 +234,8 @@ def _launch_on_scratch(dtypes, device):
 def _prepared(gradients, parameters, references, outs, dtypes, weight, options):
     """launch(warps), and where it will leave its sums."""
     device = gradients[0].device
-    table = _upload(
-        torch.tensor([_row(*row) for row in zip(gradients, parameters, references, outs, strict=True)]), device
-    )
+    rows = list(zip(gradients, parameters, references, outs, strict=True))
+    table = _upload(torch.tensor([_row(*row) for row in rows]), device)
     tensor_of_chunk, begin, length = _chunks([gradient.numel() for gradient in gradients], device)
     partial_sums = torch.empty(len(begin), 2, dtype=torch.float64, device=device)
     partial_counts = torch.empty(len(begin), 2, dtype=torch.int64, device=device)
@@ -250,7 +252,7 @@ def _prepared(gradients, parameters, references, outs, dtypes, weight, options):
             options.gradient_scale,
             partial_sums,
             partial_counts,
-            _code_values(device),
+            blockwise8.values_on(device),
             GRADIENT=_TYPES[gradient_type],
             PARAMETER=_TYPES[parameter_type],
             REFERENCE=_TYPES[reference_type],
@@ -267,26 +269,16 @@ def _prepared(gradients, parameters, references, outs, dtypes, weight, options):
             enable_fp_fusion=False,
         )
 
+    # a table of addresses keeps no buffer alive
+    launch.buffers = rows
     return launch, _Partial(partial_sums, partial_counts, tensor_of_chunk)
 
 
 def _row(gradient, parameter, reference, out):
     target = gradient if out is None else out
-    memory = (reference.codes, reference.absmax) if isinstance(reference, Blockwise8) else (reference,)
-    absmax = memory[1].data_ptr() if len(memory) == 2 else 0
-    return [
-        gradient.data_ptr(),
-        parameter.data_ptr(),
-        memory[0].data_ptr(),
-        target.data_ptr(),
-        gradient.numel(),
-        absmax,
-    ]
-
-
-@cache
-def _code_values(device):
-    return blockwise8.VALUES.to(device)
+    memory = [tensor.data_ptr() for tensor in blockwise8.tensors_of(reference)]
+    stored, absmax = memory if len(memory) == 2 else (*memory, 0)
+    return [gradient.data_ptr(), parameter.data_ptr(), stored, target.data_ptr(), gradient.numel(), absmax]
 
 
 def _chunks(sizes, device):

@@ -70,7 +70,7 @@ class ChangeWatch:
                 f"attributions change by {change:.1%} of themselves from reference to step, and a stored one is off by "
                 f"{error:.1%}: the penalty compares rounding errors. Use state_dtype=torch.float32 (float32 on the "
                 "command line)",
-                stacklevel=5,
+                stacklevel=7,
             )
 
 

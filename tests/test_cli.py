@@ -66,6 +66,20 @@ def test_unlearn_by_ssiuu_then_attack_then_evaluate(taught_folder, files, tmp_pa
     assert mean == pytest.approx(results["after"]["FS"])
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "8bit"])
+def test_references_in_few_bits(taught_folder, files, tmp_path, capsys, state_dtype):
+    output = tmp_path / "run"
+    flags = ["--retain", files["retain"], "--state_dtype", state_dtype, "--max_epochs", "2"]
+    assert unlearn(taught_folder, files, output, *flags) == 0
+    steps = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    penalised = [row for row in steps if "penalty" in row]
+    assert len(penalised) >= 2
+    # the first step has nothing to compare with, and fp32 needs no measuring
+    measured = ["relative_change" in row for row in penalised]
+    assert measured == [False] + [state_dtype != "float32"] * (len(penalised) - 1)
+    assert json.loads((output / "config.json").read_text())["options"]["state_dtype"] == state_dtype
+
+
 def test_no_retain_file_means_ga_and_it_says_why(taught_folder, files, tmp_path, capsys):
     assert unlearn(taught_folder, files, tmp_path / "run") == 0
     assert "unlearning by GA alone" in capsys.readouterr().out

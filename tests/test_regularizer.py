@@ -11,6 +11,7 @@ from tiny import batch, log_probs_of, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer, answer_token_counts
+from ssiuu_fast.ops import Blockwise8
 
 # with every=2 the second regularised step is the third
 STEPS = 3
@@ -70,11 +71,17 @@ def algorithm_1(
                 penalty += (difference**2).sum().item()
                 loss[name] = loss[name] + weight * every * 2 * difference * gradient
             if stored is None or reference == "previous":
-                stored = {name: a.to(state_dtype or a.dtype).to(a.dtype) for name, a in attribution.items()}
+                stored = {name: as_stored(a, state_dtype) for name, a in attribution.items()}
         gradients.append(loss)
         penalties.append(penalty)
         descend(model, loss)
     return gradients, penalties
+
+
+def as_stored(attribution, state_dtype):
+    if state_dtype == "8bit":
+        return Blockwise8.encode(attribution).decode()
+    return attribution.to(state_dtype or attribution.dtype).to(attribution.dtype)
 
 
 def descend(model, gradients, rate=0.5):
@@ -180,12 +187,13 @@ def test_chosen_parameters(part):
     assert sum(penalties) > 0
 
 
-def test_references_of_fewer_bits():
+@pytest.mark.parametrize("state_dtype", [torch.bfloat16, "8bit"])
+def test_references_of_fewer_bits(state_dtype):
     model = tiny_llama(torch.float32)
     batches = [batch(seed=seed) for seed in range(STEPS)]
-    truth, penalties = algorithm_1(copy.deepcopy(model), batches, weight=1e6, state_dtype=torch.bfloat16)
+    truth, penalties = algorithm_1(copy.deepcopy(model), batches, weight=1e6, state_dtype=state_dtype)
     exact, _ = algorithm_1(copy.deepcopy(model), batches, weight=1e6)
-    ours, our_penalties = regularized(model, batches, SSIUURegularizer(model, 1e6, state_dtype=torch.bfloat16))
+    ours, our_penalties = regularized(model, batches, SSIUURegularizer(model, 1e6, state_dtype=state_dtype))
     assert_same_gradients(ours, truth, 1e-5)
     assert our_penalties == pytest.approx(penalties, rel=1e-3)
     with pytest.raises(AssertionError):

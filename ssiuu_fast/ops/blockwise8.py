@@ -1,6 +1,7 @@
 """Attributions stored in 8 bits: a code an element, and one absmax a block of 256."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ def _values() -> list[float]:
 
 
 VALUES = torch.tensor(_values(), dtype=torch.float32)
+
+
+@cache
+def values_on(device: torch.device) -> Tensor:
+    """VALUES, sent to a device once: sending waits for what is enqueued there."""
+    return VALUES.to(device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,14 +88,13 @@ class Blockwise8:
 
     def decode(self) -> Tensor:
         """The values, float32."""
-        table = VALUES.to(self.device)
-        scales = self.absmax.repeat_interleave(BLOCK)[: self.numel()].view(self.shape)
-        return table[self.codes.int()] * scales
+        scales = self.absmax[:, None].expand(-1, BLOCK).reshape(-1)[: self.numel()].view(self.shape)
+        return values_on(self.device)[self.codes.int()] * scales
 
     def decode_strided(self, stride: int) -> Tensor:
         """Every stride-th value of the flat tensor, float32."""
         places = torch.arange(0, self.numel(), stride, device=self.device)
-        return VALUES.to(self.device)[self.codes.view(-1)[::stride].int()] * self.absmax[places // BLOCK]
+        return values_on(self.device)[self.codes.view(-1)[::stride].int()] * self.absmax[places // BLOCK]
 
     def zero_(self) -> None:
         self.codes.zero_()

@@ -11,6 +11,7 @@ import triton
 
 from ssiuu_fast.kernels import tuning
 from ssiuu_fast.kernels.penalty import WARPS
+from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.ops.blockwise8 import LIMIT
 
 
@@ -72,6 +73,16 @@ def test_compiles_for(capability, variant, warps):
     # subnormals count, and a division is rounded once
     assert "ftz" not in compiled.asm["ptx"]
     assert ("div.rn.f32" in compiled.asm["ptx"]) == eight_bits
+
+
+def test_the_buffers_that_warps_are_chosen_on_live_as_long_as_the_launch():
+    from ssiuu_fast.kernels import penalty
+
+    dtypes = (torch.bfloat16, torch.float32, Blockwise8, torch.float32)
+    launch = penalty._launch_on_scratch(dtypes, torch.device("cpu"))
+    ((gradient, parameter, reference, out),) = launch.buffers
+    assert [gradient.dtype, parameter.dtype, type(reference), out.dtype] == list(dtypes)
+    assert gradient.nbytes + parameter.nbytes + reference.codes.nbytes + out.nbytes == pytest.approx(2**27, rel=1e-3)
 
 
 def test_the_choice_is_measured_once_a_key(monkeypatch):
