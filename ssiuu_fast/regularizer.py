@@ -1,19 +1,15 @@
 """The Ssiuu penalty in anybody's training loop."""
 
 import statistics
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
-from ssiuu_fast.ops.backends import choose
-from ssiuu_fast.ops.penalty import penalty_
-from ssiuu_fast.references import MeanAttribution, References, empty_references
-from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.parameter_penalty import ParameterPenalty
 from ssiuu_fast.share import ShareWatch
-from ssiuu_fast.step import MicroBatches, StepStatistics, gradient_norm
+from ssiuu_fast.step import MicroBatches, SampleTarget, StepStatistics, gradient_norm
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
 
 REFERENCES = ("previous", "initial")
@@ -96,13 +92,14 @@ class SSIUURegularizer:
         engines.refuse_several_processes(process_group)
         if isinstance(model_or_named_parameters, nn.Module):
             model_or_named_parameters = engines.unwrap(model_or_named_parameters)
-        self._parameters = select_parameters(model_or_named_parameters, parameters)
-        engines.refuse_sharded(self._parameters.items())
-        engines.refuse_steps_in_backward(self._parameters.items())
-        _refuse_unusual(self._parameters)
-        for parameter in self._parameters.values():
-            # asked for by name, a backend that can't run is refused now and not in the first step
-            choose(backend, "penalty_", parameter.device, double=parameter.dtype == torch.float64)
+        self._grain = ParameterPenalty(
+            model_or_named_parameters,
+            parameters,
+            reference=reference,
+            one_sided=one_sided,
+            state_dtype=state_dtype,
+            backend=backend,
+        )
 
         self.target = target
         self.reference = reference
@@ -111,12 +108,8 @@ class SSIUURegularizer:
         self.relative_weight = relative_weight
         # λ; None until it is calibrated
         self.weight: float | None = weight if relative_weight is None else None
-        self._state_dtype = state_dtype
         self._raise_nonfinite = nonfinite == "raise"
-        self._backend = backend
-        self._elements = sum(parameter.numel() for parameter in self._parameters.values())
 
-        self._references: References | None = None
         self._step = 0
         self._ratios: list[float] = []
         self._awaiting_after_backward = False
@@ -155,6 +148,7 @@ class SSIUURegularizer:
             return self._backward(log_probs, last, scale, token_counts)
         except BaseException:
             self._micro_batches = None
+            self._grain.abandon()
             raise
 
     def _backward(self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None) -> Tensor:
@@ -174,14 +168,14 @@ class SSIUURegularizer:
         batch = self._micro_batches or MicroBatches(scale)
         if scale != batch.scale:
             raise ValueError(f"scale changed within a step, from {batch.scale} to {scale}")
-        target, underflows = target_sum(log_probs, self.target, token_counts)
-        gradients = engines.target_gradients(target, self.regularized_parameters, scale=scale)
-        batch.add(gradients, underflows, len(log_probs))
+        total, underflows = target_sum(log_probs, self.target, token_counts)
+        self._grain.add(SampleTarget(total, len(log_probs)), scale)
+        batch.underflows.append(underflows)
         if not last:
             self._micro_batches = batch
             return log_probs.new_zeros(())
         self._micro_batches = None
-        return self._add_penalty(batch)
+        return self._finish(batch)
 
     def set_reference(self, log_prob_batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
         """reference="initial": takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the forget set at the starting weights.
@@ -196,13 +190,14 @@ class SSIUURegularizer:
             )
         if self._step:
             raise RuntimeError(f"set_reference comes before the first step; {self._step} steps were taken")
-        mean = MeanAttribution(self._parameters, self._state_dtype)
+        self._grain.set_reference(self._reference_targets(log_prob_batches))
+
+    def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[SampleTarget]:
         for item in log_prob_batches:
             log_probs, token_counts = item if isinstance(item, tuple) else (item, None)
             check_log_probs(log_probs, self.target, token_counts)
-            target, _ = target_sum(log_probs, self.target, token_counts)
-            mean.add(engines.target_gradients(target, self.regularized_parameters, retain_graph=False), len(log_probs))
-        self._references = mean.references()
+            total, _ = target_sum(log_probs, self.target, token_counts)
+            yield SampleTarget(total, len(log_probs))
 
     def after_backward(self, scale: float = 1.0) -> None:
         """Measures ‖∇L‖ over the regularised parameters until λ is fixed; then does nothing. relative_weight only.
@@ -248,12 +243,12 @@ class SSIUURegularizer:
     @property
     def parameter_names(self) -> list[str]:
         """Names of the regularised parameters."""
-        return list(self._parameters)
+        return self._grain.names
 
     @property
     def regularized_parameters(self) -> list[nn.Parameter]:
         """The regularised parameters, in the order of their names."""
-        return list(self._parameters.values())
+        return self._grain.parameters
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter)."""
@@ -265,8 +260,7 @@ class SSIUURegularizer:
             "step": self._step,
             "weight": self.weight,
             "ratios": list(self._ratios),
-            "references": None if self._references is None else dict(self._references.tensors),
-            "reference_samples": None if self._references is None else self._references.samples,
+            **self._grain.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -279,13 +273,7 @@ class SSIUURegularizer:
             saved = state["settings"].get(name)
             if saved != ours:
                 raise ValueError(f"the saved state has {name}={saved!r}, this regulariser {name}={ours!r}")
-        references = None
-        if state["references"] is not None:
-            _refuse_other_parameters(self._parameters, state["references"])
-            references = References(empty_references(self._parameters, self._state_dtype), state["reference_samples"])
-            for name, tensor in references.tensors.items():
-                tensor.copy_(state["references"][name])
-        self._references = references
+        self._grain.load_state_dict(state)
         self._step = state["step"]
         self.weight = state["weight"]
         self._ratios = list(state["ratios"])
@@ -302,53 +290,14 @@ class SSIUURegularizer:
             "relative_weight": self.relative_weight,
         }
 
-    def _add_penalty(self, batch: MicroBatches) -> Tensor:
-        """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters."""
-        first = self._references is None
-        references = self._references or References(
-            empty_references(self._parameters, self._state_dtype), batch.samples
-        )
-        if first and self.reference == "initial":
-            warnings.warn(
-                "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
-                stacklevel=3,
-            )
-        references.follow(batch.samples)
-
-        gradients = dict(zip(self._parameters, batch.gradients, strict=True))
-        update = self.reference == "previous" or first
-        names = [name for name, gradient in gradients.items() if gradient is not None]
+    def _finish(self, batch: MicroBatches) -> Tensor:
         calibrating = self.weight is None
-        weight = 0.0 if calibrating else self.weight * self.every
-        counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
-        result = penalty_(
-            [gradients[name] for name in names],
-            [self._parameters[name] for name in names],
-            [references.tensors[name] for name in names],
-            weight=weight * batch.scale,
-            # while λ is being calibrated the penalty is formed, written over g and dropped
-            out=None if calibrating else [self._parameters[name].grad for name in names],
-            one_sided=self.one_sided,
-            update_references=update,
-            first=first,
-            gradient_scale=1.0 / batch.scale,
-            nonfinite_counts=counts,
-            backend=self._backend,
-        )
-        for name, gradient in gradients.items():
-            if gradient is None and update:
-                # a parameter outside this step's graph has A = 0
-                references.tensors[name].zero_()
-            elif gradient is not None and not calibrating and self._parameters[name].grad is None:
-                self._parameters[name].grad = gradient
-        self._references = references
-        self._last_step = StepStatistics(
-            result, batch.underflows, self._elements, 0.0 if calibrating else self.weight, self.every
-        )
+        result = self._grain.finish(batch.scale, None if calibrating else self.weight * self.every)
+        self._last_step = StepStatistics(result, batch.underflows, 0.0 if calibrating else self.weight, self.every)
         self._step += 1
         self._awaiting_after_backward = calibrating
-        self._unread_counts = (names, counts)
-        if counts.device.type == "cpu":
+        self._unread_counts = (result.names, result.nonfinite_counts)
+        if result.nonfinite_counts.device.type == "cpu":
             self._check_nonfinite()
         return result.penalty
 
@@ -371,26 +320,3 @@ class SSIUURegularizer:
 def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _refuse_unusual(parameters: NamedParameters) -> None:
-    for name, parameter in parameters.items():
-        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{name} is {parameter.dtype}: regularised parameters must be fp32, bf16, fp16 or fp64")
-        if not parameter.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: store it contiguously, or leave it out with parameters=[...]")
-
-
-def _refuse_other_parameters(parameters: NamedParameters, saved: dict[str, Tensor]) -> None:
-    missing, unknown = parameters.keys() - saved.keys(), saved.keys() - parameters.keys()
-    if missing or unknown:
-        example = min(missing or unknown)
-        raise ValueError(
-            f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its "
-            f"own are unknown here, {example!r} for one"
-        )
-    for name, parameter in parameters.items():
-        if saved[name].shape != parameter.shape:
-            raise ValueError(
-                f"the saved state has {name} as {list(saved[name].shape)}, this model {list(parameter.shape)}"
-            )

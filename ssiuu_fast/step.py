@@ -1,22 +1,39 @@
 """One regularised step: what goes in over its micro-batches, and the figures that come out."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from ssiuu_fast.ops.penalty import PenaltyResult
+
+@dataclass
+class SampleTarget:
+    """Σ_s T_s of some samples, with its graph."""
+
+    total: Tensor
+    samples: int
+
+
+@dataclass
+class StepResult:
+    """The sums of one regularised step, at whatever grain; scalars and counts on the device."""
+
+    penalty: Tensor
+    negative: Tensor
+    elements: int
+    gradient_square: Tensor
+    names: list[str]
+    nonfinite_counts: Tensor  # one a name
 
 
 @dataclass
 class StepStatistics:
     """What the last regularised step did. Tensors stay on their device until a figure is asked for."""
 
-    result: PenaltyResult
+    result: StepResult
     underflow_counts: list[Tensor]  # one a micro-batch
-    elements: int
     weight: float  # λ; 0 while it is being calibrated
     every: int
 
@@ -28,7 +45,7 @@ class StepStatistics:
     @cached_property
     def negative_share(self) -> float:
         """Share of the regularised elements whose attribution is negative."""
-        return self.result.negative.item() / self.elements
+        return self.result.negative.item() / self.result.elements
 
     @cached_property
     def underflows(self) -> int:
@@ -38,7 +55,7 @@ class StepStatistics:
     @cached_property
     def nonfinite(self) -> int:
         """Elements whose attribution was not finite; they were left out."""
-        return self.result.nonfinite.item()
+        return int(self.result.nonfinite_counts.sum().item())
 
     @cached_property
     def penalty_gradient_norm(self) -> float:
@@ -51,26 +68,12 @@ class StepStatistics:
         return self.weight * self.every * self.penalty_gradient_norm
 
 
+@dataclass
 class MicroBatches:
-    """Σ g over the micro-batches of one step."""
+    """What is known of a step before its last micro-batch."""
 
-    def __init__(self, scale: float):
-        self.scale = scale
-        self.gradients: list[Tensor | None] = []
-        self.underflows: list[Tensor] = []
-        self.samples = 0
-
-    def add(self, gradients: list[Tensor | None], underflows: Tensor, samples: int) -> None:
-        self.samples += samples
-        self.underflows.append(underflows)
-        if not self.gradients:
-            self.gradients = gradients
-            return
-        for index, gradient in enumerate(gradients):
-            if self.gradients[index] is None:
-                self.gradients[index] = gradient
-            elif gradient is not None:
-                self.gradients[index].add_(gradient)
+    scale: float
+    underflows: list[Tensor] = field(default_factory=list)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

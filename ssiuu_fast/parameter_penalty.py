@@ -1,0 +1,159 @@
+"""The penalty at the grain of parameters: every scalar of a weight is a feature with an attribution of its own."""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ssiuu_fast import engines
+from ssiuu_fast.ops.backends import choose
+from ssiuu_fast.ops.penalty import penalty_
+from ssiuu_fast.references import MeanAttribution, References, empty_references
+from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.step import SampleTarget, StepResult
+
+
+class ParameterPenalty:
+    """Sums g over the micro-batches of a step, then adds λ ∂R/∂φ to `.grad` in one pass (Algorithm 1)."""
+
+    def __init__(
+        self,
+        model_or_named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],
+        patterns: Iterable[str] | None,
+        *,
+        reference: str,
+        one_sided: bool,
+        state_dtype: torch.dtype | None,
+        backend: str,
+    ):
+        self._parameters = select_parameters(model_or_named_parameters, patterns)
+        engines.refuse_sharded(self._parameters.items())
+        engines.refuse_steps_in_backward(self._parameters.items())
+        _refuse_unusual(self._parameters)
+        for parameter in self._parameters.values():
+            # asked for by name, a backend that can't run is refused now and not in the first step
+            choose(backend, "penalty_", parameter.device, double=parameter.dtype == torch.float64)
+        self._reference = reference
+        self._one_sided = one_sided
+        self._state_dtype = state_dtype
+        self._backend = backend
+        self._elements = sum(parameter.numel() for parameter in self._parameters.values())
+        self._references: References | None = None
+        # Σ g over the micro-batches so far, and their samples
+        self._gradients: list[Tensor | None] = []
+        self._samples = 0
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._parameters)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._parameters.values())
+
+    def add(self, target: SampleTarget, scale: float) -> None:
+        """Takes up the gradient of one micro-batch."""
+        gradients = engines.target_gradients(target.total, self.parameters, scale=scale)
+        self._samples += target.samples
+        if not self._gradients:
+            self._gradients = gradients
+            return
+        for index, gradient in enumerate(gradients):
+            if self._gradients[index] is None:
+                self._gradients[index] = gradient
+            elif gradient is not None:
+                self._gradients[index].add_(gradient)
+
+    def abandon(self) -> None:
+        """Forgets the micro-batches of an unfinished step."""
+        self._gradients, self._samples = [], 0
+
+    def finish(self, scale: float, weight: float | None) -> StepResult:
+        """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters.
+
+        weight: λ; None while it is being calibrated: the penalty is formed and dropped.
+        """
+        gradients, samples = dict(zip(self._parameters, self._gradients, strict=True)), self._samples
+        self.abandon()
+        first = self._references is None
+        references = self._references or References(empty_references(self._parameters, self._state_dtype), samples)
+        if first and self._reference == "initial":
+            warnings.warn(
+                "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
+                stacklevel=4,
+            )
+        references.follow(samples)
+
+        update = self._reference == "previous" or first
+        names = [name for name, gradient in gradients.items() if gradient is not None]
+        counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
+        result = penalty_(
+            [gradients[name] for name in names],
+            [self._parameters[name] for name in names],
+            [references.tensors[name] for name in names],
+            weight=0.0 if weight is None else weight * scale,
+            # while λ is being calibrated the penalty is written over g and dropped
+            out=None if weight is None else [self._parameters[name].grad for name in names],
+            one_sided=self._one_sided,
+            update_references=update,
+            first=first,
+            gradient_scale=1.0 / scale,
+            nonfinite_counts=counts,
+            backend=self._backend,
+        )
+        for name, gradient in gradients.items():
+            if gradient is None and update:
+                # a parameter outside this step's graph has A = 0
+                references.tensors[name].zero_()
+            elif gradient is not None and weight is not None and self._parameters[name].grad is None:
+                self._parameters[name].grad = gradient
+        self._references = references
+        return StepResult(result.penalty, result.negative, self._elements, result.gradient_square, names, counts)
+
+    def set_reference(self, targets: Iterable[SampleTarget]) -> None:
+        """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets, whose graphs are freed one by one."""
+        mean = MeanAttribution(self._parameters, self._state_dtype)
+        for target in targets:
+            gradients = engines.target_gradients(target.total, self.parameters, retain_graph=False)
+            mean.add(gradients, target.samples)
+        self._references = mean.references()
+
+    def state_dict(self) -> dict:
+        return {
+            "references": None if self._references is None else dict(self._references.tensors),
+            "reference_samples": None if self._references is None else self._references.samples,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        references = None
+        if state["references"] is not None:
+            _refuse_other_parameters(self._parameters, state["references"])
+            references = References(empty_references(self._parameters, self._state_dtype), state["reference_samples"])
+            for name, tensor in references.tensors.items():
+                tensor.copy_(state["references"][name])
+        self._references = references
+        self.abandon()
+
+
+def _refuse_unusual(parameters: NamedParameters) -> None:
+    for name, parameter in parameters.items():
+        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise ValueError(f"{name} is {parameter.dtype}: regularised parameters must be fp32, bf16, fp16 or fp64")
+        if not parameter.is_contiguous():
+            raise ValueError(f"{name} is not contiguous: store it contiguously, or leave it out with parameters=[...]")
+
+
+def _refuse_other_parameters(parameters: NamedParameters, saved: dict[str, Tensor]) -> None:
+    missing, unknown = parameters.keys() - saved.keys(), saved.keys() - parameters.keys()
+    if missing or unknown:
+        example = min(missing or unknown)
+        raise ValueError(
+            f"the saved state is of other parameters: {len(missing)} of ours are missing there, {len(unknown)} of its "
+            f"own are unknown here, {example!r} for one"
+        )
+    for name, parameter in parameters.items():
+        if saved[name].shape != parameter.shape:
+            raise ValueError(
+                f"the saved state has {name} as {list(saved[name].shape)}, this model {list(parameter.shape)}"
+            )
