@@ -31,7 +31,7 @@ class References:
             warnings.warn(
                 f"a step of {samples} forget samples is compared with a reference over {self.samples}: attributions "
                 "are sums over the batch: give every step the same number (drop_last, or a sampler that wraps around)",
-                stacklevel=4,
+                stacklevel=7,
             )
 
 

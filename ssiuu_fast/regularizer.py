@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
-from ssiuu_fast.parameter_penalty import ParameterPenalty
+from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
 from ssiuu_fast.share import ShareWatch
-from ssiuu_fast.step import MicroBatches, SampleTarget, StepStatistics, gradient_norm
+from ssiuu_fast.step import MicroBatch, StepStatistics, gradient_norm
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
 
 REFERENCES = ("previous", "initial")
@@ -92,7 +92,7 @@ class SSIUURegularizer:
         engines.refuse_several_processes(process_group)
         if isinstance(model_or_named_parameters, nn.Module):
             model_or_named_parameters = engines.unwrap(model_or_named_parameters)
-        self._grain = ParameterPenalty(
+        self._grain = ParameterGrain(
             model_or_named_parameters,
             parameters,
             reference=reference,
@@ -113,7 +113,8 @@ class SSIUURegularizer:
         self._step = 0
         self._ratios: list[float] = []
         self._awaiting_after_backward = False
-        self._micro_batches: MicroBatches | None = None
+        # begun and waiting for more micro-batches
+        self._open_step: ParameterStep | None = None
         self._skipped = False
         self._share_watch = ShareWatch(self.regularized_parameters)
         self._last_step: StepStatistics | None = None
@@ -147,8 +148,7 @@ class SSIUURegularizer:
         try:
             return self._backward(log_probs, last, scale, token_counts)
         except BaseException:
-            self._micro_batches = None
-            self._grain.abandon()
+            self._open_step = None
             raise
 
     def _backward(self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None) -> Tensor:
@@ -165,17 +165,16 @@ class SSIUURegularizer:
                 "after_backward() was not called in the last step: with relative_weight, call it in every step after "
                 "the last loss.backward(), before clipping"
             )
-        batch = self._micro_batches or MicroBatches(scale)
-        if scale != batch.scale:
-            raise ValueError(f"scale changed within a step, from {batch.scale} to {scale}")
-        total, underflows = target_sum(log_probs, self.target, token_counts)
-        self._grain.add(SampleTarget(total, len(log_probs)), scale)
-        batch.underflows.append(underflows)
+        step = self._open_step or self._grain.begin(scale, None if self.weight is None else self.weight * self.every)
+        if scale != step.scale:
+            raise ValueError(f"scale changed within a step, from {step.scale} to {scale}")
+        target, underflows = target_sum(log_probs, self.target, token_counts)
+        step.add(MicroBatch(target, len(log_probs), underflows))
         if not last:
-            self._micro_batches = batch
+            self._open_step = step
             return log_probs.new_zeros(())
-        self._micro_batches = None
-        return self._finish(batch)
+        self._open_step = None
+        return self._finish(step)
 
     def set_reference(self, log_prob_batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
         """reference="initial": takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the forget set at the starting weights.
@@ -192,12 +191,12 @@ class SSIUURegularizer:
             raise RuntimeError(f"set_reference comes before the first step; {self._step} steps were taken")
         self._grain.set_reference(self._reference_targets(log_prob_batches))
 
-    def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[SampleTarget]:
+    def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
             log_probs, token_counts = item if isinstance(item, tuple) else (item, None)
             check_log_probs(log_probs, self.target, token_counts)
-            total, _ = target_sum(log_probs, self.target, token_counts)
-            yield SampleTarget(total, len(log_probs))
+            target, underflows = target_sum(log_probs, self.target, token_counts)
+            yield MicroBatch(target, len(log_probs), underflows)
 
     def after_backward(self, scale: float = 1.0) -> None:
         """Measures ‖∇L‖ over the regularised parameters until λ is fixed; then does nothing. relative_weight only.
@@ -252,7 +251,7 @@ class SSIUURegularizer:
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter)."""
-        if self._micro_batches is not None:
+        if self._open_step is not None:
             raise RuntimeError("state_dict was asked for between the micro-batches of a step: save after the step")
         return {
             "version": STATE_VERSION,
@@ -277,7 +276,7 @@ class SSIUURegularizer:
         self._step = state["step"]
         self.weight = state["weight"]
         self._ratios = list(state["ratios"])
-        self._micro_batches = None
+        self._open_step = None
         self._awaiting_after_backward = False
 
     def _settings(self) -> dict:
@@ -290,10 +289,10 @@ class SSIUURegularizer:
             "relative_weight": self.relative_weight,
         }
 
-    def _finish(self, batch: MicroBatches) -> Tensor:
+    def _finish(self, step: ParameterStep) -> Tensor:
         calibrating = self.weight is None
-        result = self._grain.finish(batch.scale, None if calibrating else self.weight * self.every)
-        self._last_step = StepStatistics(result, batch.underflows, 0.0 if calibrating else self.weight, self.every)
+        result = step.finish()
+        self._last_step = StepStatistics(result, 0.0 if calibrating else self.weight, self.every)
         self._step += 1
         self._awaiting_after_backward = calibrating
         self._unread_counts = (result.names, result.nonfinite_counts)

@@ -1,7 +1,7 @@
 """One regularised step: what goes in over its micro-batches, and the figures that come out."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 
 @dataclass
-class SampleTarget:
-    """Σ_s T_s of some samples, with its graph."""
+class MicroBatch:
+    """Some samples of a step: Σ_s T_s with its graph, and how many of them underflowed."""
 
-    total: Tensor
+    target: Tensor
     samples: int
+    underflows: Tensor
 
 
 @dataclass
@@ -24,6 +25,7 @@ class StepResult:
     negative: Tensor
     elements: int
     gradient_square: Tensor
+    underflows: list[Tensor]  # one a micro-batch
     names: list[str]
     nonfinite_counts: Tensor  # one a name
 
@@ -33,7 +35,6 @@ class StepStatistics:
     """What the last regularised step did. Tensors stay on their device until a figure is asked for."""
 
     result: StepResult
-    underflow_counts: list[Tensor]  # one a micro-batch
     weight: float  # λ; 0 while it is being calibrated
     every: int
 
@@ -50,7 +51,7 @@ class StepStatistics:
     @cached_property
     def underflows(self) -> int:
         """Samples whose target is 0 in fp32: they add nothing to the penalty."""
-        return sum(int(count.item()) for count in self.underflow_counts)
+        return sum(int(count.item()) for count in self.result.underflows)
 
     @cached_property
     def nonfinite(self) -> int:
@@ -66,14 +67,6 @@ class StepStatistics:
     def added_norm(self) -> float:
         """‖every · λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1."""
         return self.weight * self.every * self.penalty_gradient_norm
-
-
-@dataclass
-class MicroBatches:
-    """What is known of a step before its last micro-batch."""
-
-    scale: float
-    underflows: list[Tensor] = field(default_factory=list)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.ops.backends import choose
-from ssiuu_fast.ops.penalty import penalty_
+from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
 from ssiuu_fast.references import MeanAttribution, References, empty_references
 from ssiuu_fast.selection import NamedParameters, select_parameters
-from ssiuu_fast.step import SampleTarget, StepResult
+from ssiuu_fast.step import MicroBatch, StepResult
 
 
-class ParameterPenalty:
-    """Sums g over the micro-batches of a step, then adds λ ∂R/∂φ to `.grad` in one pass (Algorithm 1)."""
+class ParameterGrain:
+    """The regularised parameters and what their attributions are compared with (Algorithm 1)."""
 
     def __init__(
         self,
@@ -38,11 +38,8 @@ class ParameterPenalty:
         self._one_sided = one_sided
         self._state_dtype = state_dtype
         self._backend = backend
-        self._elements = sum(parameter.numel() for parameter in self._parameters.values())
+        self.elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._references: References | None = None
-        # Σ g over the micro-batches so far, and their samples
-        self._gradients: list[Tensor | None] = []
-        self._samples = 0
 
     @property
     def names(self) -> list[str]:
@@ -52,36 +49,24 @@ class ParameterPenalty:
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters.values())
 
-    def add(self, target: SampleTarget, scale: float) -> None:
-        """Takes up the gradient of one micro-batch."""
-        gradients = engines.target_gradients(target.total, self.parameters, scale=scale)
-        self._samples += target.samples
-        if not self._gradients:
-            self._gradients = gradients
-            return
-        for index, gradient in enumerate(gradients):
-            if self._gradients[index] is None:
-                self._gradients[index] = gradient
-            elif gradient is not None:
-                self._gradients[index].add_(gradient)
+    def begin(self, scale: float, weight: float | None) -> "ParameterStep":
+        """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
+        return ParameterStep(self, scale, weight)
 
-    def abandon(self) -> None:
-        """Forgets the micro-batches of an unfinished step."""
-        self._gradients, self._samples = [], 0
-
-    def finish(self, scale: float, weight: float | None) -> StepResult:
+    def add_penalty(
+        self, gradients: dict[str, Tensor | None], samples: int, scale: float, weight: float | None
+    ) -> tuple[PenaltyResult, Tensor]:
         """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters.
 
-        weight: λ; None while it is being calibrated: the penalty is formed and dropped.
+        gradients: scale · ∂T/∂φ by name, None for parameters outside the graph; overwritten. Returns the sums, and
+        the number of non-finite elements of each parameter in the graph.
         """
-        gradients, samples = dict(zip(self._parameters, self._gradients, strict=True)), self._samples
-        self.abandon()
         first = self._references is None
         references = self._references or References(empty_references(self._parameters, self._state_dtype), samples)
         if first and self._reference == "initial":
             warnings.warn(
                 "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
-                stacklevel=4,
+                stacklevel=6,
             )
         references.follow(samples)
 
@@ -109,14 +94,14 @@ class ParameterPenalty:
             elif gradient is not None and weight is not None and self._parameters[name].grad is None:
                 self._parameters[name].grad = gradient
         self._references = references
-        return StepResult(result.penalty, result.negative, self._elements, result.gradient_square, names, counts)
+        return result, counts
 
-    def set_reference(self, targets: Iterable[SampleTarget]) -> None:
+    def set_reference(self, targets: Iterable[MicroBatch]) -> None:
         """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets, whose graphs are freed one by one."""
         mean = MeanAttribution(self._parameters, self._state_dtype)
-        for target in targets:
-            gradients = engines.target_gradients(target.total, self.parameters, retain_graph=False)
-            mean.add(gradients, target.samples)
+        for batch in targets:
+            gradients = engines.target_gradients(batch.target, self.parameters, retain_graph=False)
+            mean.add(gradients, batch.samples)
         self._references = mean.references()
 
     def state_dict(self) -> dict:
@@ -133,7 +118,44 @@ class ParameterPenalty:
             for name, tensor in references.tensors.items():
                 tensor.copy_(state["references"][name])
         self._references = references
-        self.abandon()
+
+
+class ParameterStep:
+    """Sums g over the micro-batches of a step; the penalty is formed when it is whole."""
+
+    def __init__(self, grain: ParameterGrain, scale: float, weight: float | None):
+        self.scale = scale
+        self._grain = grain
+        self._weight = weight
+        self._gradients: list[Tensor | None] = []
+        self._samples = 0
+        self._underflows: list[Tensor] = []
+
+    def add(self, batch: MicroBatch) -> None:
+        gradients = engines.target_gradients(batch.target, self._grain.parameters, scale=self.scale)
+        self._samples += batch.samples
+        self._underflows.append(batch.underflows)
+        if not self._gradients:
+            self._gradients = gradients
+            return
+        for index, gradient in enumerate(gradients):
+            if self._gradients[index] is None:
+                self._gradients[index] = gradient
+            elif gradient is not None:
+                self._gradients[index].add_(gradient)
+
+    def finish(self) -> StepResult:
+        gradients = dict(zip(self._grain.names, self._gradients, strict=True))
+        result, counts = self._grain.add_penalty(gradients, self._samples, self.scale, self._weight)
+        return StepResult(
+            penalty=result.penalty,
+            negative=result.negative,
+            elements=self._grain.elements,
+            gradient_square=result.gradient_square,
+            underflows=self._underflows,
+            names=[name for name, gradient in gradients.items() if gradient is not None],
+            nonfinite_counts=counts,
+        )
 
 
 def _refuse_unusual(parameters: NamedParameters) -> None:
