@@ -27,6 +27,8 @@ class ParameterGrain:
         state_dtype: torch.dtype | None,
         backend: str,
     ):
+        if isinstance(model_or_named_parameters, nn.Module):
+            model_or_named_parameters = engines.unwrap(model_or_named_parameters)
         self._parameters = select_parameters(model_or_named_parameters, patterns)
         engines.refuse_sharded(self._parameters.items())
         engines.refuse_steps_in_backward(self._parameters.items())
@@ -48,6 +50,9 @@ class ParameterGrain:
     @property
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters.values())
+
+    def check(self, samples: int, sample_ids: Tensor | None, last: bool) -> None:
+        """Any micro-batch will do, and samples need no names."""
 
     def begin(self, scale: float, weight: float | None) -> "ParameterStep":
         """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
@@ -155,6 +160,7 @@ class ParameterStep:
             underflows=self._underflows,
             names=[name for name, gradient in gradients.items() if gradient is not None],
             nonfinite_counts=counts,
+            absent=sum(gradient is None for gradient in gradients.values()),
         )
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
+from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, StepStatistics, gradient_norm
@@ -43,21 +44,27 @@ class SSIUURegularizer:
         nothing is added. Call `after_backward` in every step.
     target: T_s from the log-probability ℓ_s of answer s with n_s tokens: "probability" exp(ℓ_s) (the paper),
         "log_probability" ℓ_s, "mean_token_probability" exp(ℓ_s / n_s).
-    granularity: "parameter". ("neuron" is not built yet.)
+    granularity: "parameter", as above, or "neuron": i is an output of a linear module, frozen or not. With its value
+        h and g = ∂T/∂h, both [samples, tokens, neurons], A sums h·g over the tokens and, with "previous", the samples.
+        2λ · 1[A < 0] · (A − A^ref) · g is added to the gradient at h while the loss is sent back, which must come from
+        the same forward pass as log_probs; from h it flows on to all that lies below. Needs the model. Between the two
+        backward passes one tensor of each such output is kept. Modules not in the graph keep their reference.
     reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
-        (`set_reference`; without it, the first step's).
+        (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample.
     one_sided: penalise only A below its reference.
     every: regularise each k-th step, with k·λ; the others do no pass.
     parameters: glob patterns over parameter names; None takes the weights of the linear modules inside the blocks.
+        Neurons: those of the linear modules whose weights match, or of all inside the blocks.
     state_dtype: dtype of the references, torch.float32 or torch.bfloat16; None takes the parameter's (fp32 for fp16).
+        Of no use for neurons, whose references are small.
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
-        FloatingPointError with the names of the parameters (on a GPU at the next `backward` or `last_step`),
-        "count" only counts them.
+        FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward` or
+        `last_step`), "count" only counts them.
     process_group: more than one rank is not built yet.
-    backend: see `ssiuu_fast.ops.penalty_`.
+    backend: see `ssiuu_fast.ops.penalty_` and `ssiuu_fast.ops.neuron_penalty`.
 
     Raises ValueError for options that make no sense, for models wrapped in a way it can't work in (engines.py) and
-    where no parameter is selected.
+    where nothing is selected.
     """
 
     def __init__(
@@ -82,26 +89,26 @@ class SSIUURegularizer:
         _refuse_unless_one_of("reference", reference, REFERENCES)
         _refuse_unless_one_of("nonfinite", nonfinite, ("raise", "count"))
         _refuse_unless_one_of("state_dtype", state_dtype, (None, torch.float32, torch.bfloat16))
-        if granularity == "neuron":
-            raise ValueError("granularity='neuron' is not built yet: use granularity='parameter'")
+        if granularity == "neuron" and state_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"state_dtype={state_dtype} is of no use with granularity='neuron': a reference is one fp32 number a "
+                "neuron (and sample), leave state_dtype out"
+            )
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         for name, value in (("weight", weight), ("relative_weight", relative_weight)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         engines.refuse_several_processes(process_group)
-        if isinstance(model_or_named_parameters, nn.Module):
-            model_or_named_parameters = engines.unwrap(model_or_named_parameters)
-        self._grain = ParameterGrain(
-            model_or_named_parameters,
-            parameters,
-            reference=reference,
-            one_sided=one_sided,
-            state_dtype=state_dtype,
-            backend=backend,
+        common = {"reference": reference, "one_sided": one_sided, "backend": backend}
+        self._grain = (
+            NeuronGrain(model_or_named_parameters, parameters, **common)
+            if granularity == "neuron"
+            else ParameterGrain(model_or_named_parameters, parameters, state_dtype=state_dtype, **common)
         )
 
         self.target = target
+        self.granularity = granularity
         self.reference = reference
         self.one_sided = one_sided
         self.every = every
@@ -114,7 +121,7 @@ class SSIUURegularizer:
         self._ratios: list[float] = []
         self._awaiting_after_backward = False
         # begun and waiting for more micro-batches
-        self._open_step: ParameterStep | None = None
+        self._open_step: ParameterStep | NeuronStep | None = None
         self._skipped = False
         self._share_watch = ShareWatch(self.regularized_parameters)
         self._last_step: StepStatistics | None = None
@@ -132,13 +139,16 @@ class SSIUURegularizer:
     ) -> Tensor:
         """Adds scale · λ · ∂R/∂φ to `.grad`; call it on the live graph, before this micro-batch's loss.backward().
 
+        At neuron granularity loss.backward() itself adds it, and `.grad` is untouched here.
+
         log_probs: [B] log-probabilities of the answers (`sequence_log_probs`); their graph is kept.
         last: False for the earlier micro-batches of a step: their gradient is only summed (one buffer of model
-            size) and `.grad` is untouched.
+            size) and `.grad` is untouched. Neurons: refused with reference="previous", whose attributions need the
+            whole batch; with "initial" each micro-batch has its own penalty, and R is their sum.
         scale: the factor on the caller's loss (GradScaler.get_scale()), the same in all micro-batches of a step. A, R
             and the references don't depend on it.
         token_counts: [B] answer tokens, for target="mean_token_probability".
-        sample_ids: of no use at parameter granularity.
+        sample_ids: [B] whole numbers that name the samples, for neurons with reference="initial"; else of no use.
 
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers, RuntimeError where the graph can't give
@@ -146,16 +156,19 @@ class SSIUURegularizer:
         A call that raises abandons the step's earlier micro-batches.
         """
         try:
-            return self._backward(log_probs, last, scale, token_counts)
+            return self._backward(log_probs, last, scale, token_counts, sample_ids)
         except BaseException:
             self._open_step = None
             raise
 
-    def _backward(self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None) -> Tensor:
+    def _backward(
+        self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None, sample_ids: Tensor | None
+    ) -> Tensor:
         self._check_nonfinite()
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
+        sample_ids = self._grain.check(len(log_probs), sample_ids, last)
         self._skipped = self._step % self.every != 0
         if self._skipped:
             self._step += last
@@ -169,19 +182,22 @@ class SSIUURegularizer:
         if scale != step.scale:
             raise ValueError(f"scale changed within a step, from {step.scale} to {scale}")
         target, underflows = target_sum(log_probs, self.target, token_counts)
-        step.add(MicroBatch(target, len(log_probs), underflows))
+        step.add(MicroBatch(target, len(log_probs), underflows, sample_ids, last))
         if not last:
             self._open_step = step
             return log_probs.new_zeros(())
         self._open_step = None
         return self._finish(step)
 
-    def set_reference(self, log_prob_batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
+    def set_reference(self, log_prob_batches: Iterable[Tensor | tuple]) -> None:
         """reference="initial": takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the forget set at the starting weights.
 
         log_prob_batches: one pass over the forget set; each item a [B] tensor of live log-probs, or with
         target="mean_token_probability" a pair (log_probs, token_counts). Each graph is freed after use. n is the
         number of samples seen, b the number of samples of the first regularised step.
+
+        At neuron granularity A_ref is that of each sample, an item is (log_probs, token_counts or None, sample_ids)
+        and `backward` then refuses samples that weren't in the pass.
         """
         if self.reference != "initial":
             raise ValueError(
@@ -193,10 +209,12 @@ class SSIUURegularizer:
 
     def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
-            log_probs, token_counts = item if isinstance(item, tuple) else (item, None)
+            item = item if isinstance(item, tuple) else (item,)
+            log_probs, token_counts, sample_ids = (*item, None, None)[:3]
             check_log_probs(log_probs, self.target, token_counts)
+            sample_ids = self._grain.check(len(log_probs), sample_ids, True)
             target, underflows = target_sum(log_probs, self.target, token_counts)
-            yield MicroBatch(target, len(log_probs), underflows)
+            yield MicroBatch(target, len(log_probs), underflows, sample_ids)
 
     def after_backward(self, scale: float = 1.0) -> None:
         """Measures ‖∇L‖ over the regularised parameters until λ is fixed; then does nothing. relative_weight only.
@@ -210,20 +228,25 @@ class SSIUURegularizer:
         self._awaiting_after_backward = False
         penalty_norm = self._last_step.penalty_gradient_norm
         loss_norm = gradient_norm(self.regularized_parameters) / scale
-        if penalty_norm > 0 and 0 < loss_norm < float("inf"):
+        if 0 < penalty_norm < float("inf") and 0 < loss_norm < float("inf"):
             self._ratios.append(loss_norm / penalty_norm)
         if len(self._ratios) == CALIBRATION_STEPS:
             self.weight = self.relative_weight * statistics.median(self._ratios)
 
-    def penalty_share(self, gradient_norm: float) -> float:
+    def penalty_share(self, gradient_norm: float) -> float | None:
         """‖every · λ ∂R/∂φ‖ ÷ gradient_norm in this step, for the log; 0 in steps without a penalty.
+
+        None where it isn't known: at neuron granularity once λ is fixed (StepStatistics.penalty_gradient_norm).
 
         gradient_norm: the norm of the step's whole gradient at scale 1, as clip_grad_norm_ returns it. Warns once, in
         plain words, where the penalty has been too small to matter over its first 10 steps.
         """
         if self._skipped or self._last_step is None or not gradient_norm > 0:
             return 0.0
-        share = self.last_step.added_norm / gradient_norm
+        added = self.last_step.added_norm
+        if added is None:
+            return None
+        share = added / gradient_norm
         if self.weight is not None:
             self._share_watch.see(share)
         return share
@@ -241,7 +264,7 @@ class SSIUURegularizer:
 
     @property
     def parameter_names(self) -> list[str]:
-        """Names of the regularised parameters."""
+        """Names of the regularised parameters; for neurons, of all that require grad: the penalty may reach them."""
         return self._grain.names
 
     @property
@@ -282,14 +305,14 @@ class SSIUURegularizer:
     def _settings(self) -> dict:
         return {
             "target": self.target,
-            "granularity": "parameter",
+            "granularity": self.granularity,
             "reference": self.reference,
             "one_sided": self.one_sided,
             "every": self.every,
             "relative_weight": self.relative_weight,
         }
 
-    def _finish(self, step: ParameterStep) -> Tensor:
+    def _finish(self, step: ParameterStep | NeuronStep) -> Tensor:
         calibrating = self.weight is None
         result = step.finish()
         self._last_step = StepStatistics(result, 0.0 if calibrating else self.weight, self.every)

@@ -15,6 +15,8 @@ class MicroBatch:
     target: Tensor
     samples: int
     underflows: Tensor
+    sample_ids: list[int] | None = None
+    last: bool = True
 
 
 @dataclass
@@ -24,10 +26,11 @@ class StepResult:
     penalty: Tensor
     negative: Tensor
     elements: int
-    gradient_square: Tensor
+    gradient_square: Tensor | None  # ‖∂R/∂φ‖²; None where it wasn't measured
     underflows: list[Tensor]  # one a micro-batch
     names: list[str]
     nonfinite_counts: Tensor  # one a name
+    absent: int
 
 
 @dataclass
@@ -40,7 +43,10 @@ class StepStatistics:
 
     @cached_property
     def penalty(self) -> float:
-        """R = Σ (A − A_ref)² over the regularised elements with A < 0."""
+        """R = Σ (A − A_ref)² over the regularised elements with A < 0.
+
+        An element is a scalar of a parameter, or a neuron; with reference="initial", a neuron in one sample.
+        """
         return self.result.penalty.item()
 
     @cached_property
@@ -58,15 +64,30 @@ class StepStatistics:
         """Elements whose attribution was not finite; they were left out."""
         return int(self.result.nonfinite_counts.sum().item())
 
+    @property
+    def absent(self) -> int:
+        """Regularised parameters, or tapped modules, that were not in the step's graph."""
+        return self.result.absent
+
     @cached_property
-    def penalty_gradient_norm(self) -> float:
-        """‖∂R/∂φ‖, before λ."""
-        return self.result.gradient_square.item() ** 0.5
+    def penalty_gradient_norm(self) -> float | None:
+        """‖∂R/∂φ‖, before λ.
+
+        None where it isn't known: at neuron granularity the penalty reaches the weights inside the loss's own backward
+        pass, and only while λ is being calibrated is its part measured on its own.
+        """
+        if self.penalty == 0:
+            return 0.0
+        square = self.result.gradient_square
+        return None if square is None else square.item() ** 0.5
 
     @property
-    def added_norm(self) -> float:
-        """‖every · λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1."""
-        return self.weight * self.every * self.penalty_gradient_norm
+    def added_norm(self) -> float | None:
+        """‖every · λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1; None where it isn't known."""
+        if self.weight == 0:
+            return 0.0
+        norm = self.penalty_gradient_norm
+        return None if norm is None else self.weight * self.every * norm
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
