@@ -151,7 +151,8 @@ class _Hook:
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         taps = self._taps()
-        if taps is None or not torch.is_grad_enabled():
+        # what a compiled graph makes of a tap was settled when it was traced: there is none in it
+        if taps is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return output
         return taps.tap(self._name, output)
 

@@ -64,6 +64,15 @@ def test_compiled_models():
         neurons(model)
 
 
+def test_a_model_that_is_compiled_later():
+    torch.compiler.reset()
+    model = tiny_llama(torch.float32)
+    regularizer = neurons(model)
+    compiled = torch.compile(model)
+    with pytest.raises(RuntimeError, match="0 of 14 tapped modules .* compiled after the regulariser was built"):
+        regularizer.backward(log_probs_of(compiled, batch()))
+
+
 def test_several_processes(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
