@@ -41,7 +41,8 @@ class SSIUURegularizer:
     model_or_named_parameters: a model, or pairs of name and parameter. Build it after wrapping and freezing.
     weight: λ. The paper's 1e-4 … 1e-3 has no scale of its own: on another model prefer relative_weight.
     relative_weight: r; λ = r · median of ‖∇L‖ / ‖∂R/∂φ‖ over the first 4 regularised steps with R > 0, in which
-        nothing is added. Call `after_backward` in every step.
+        nothing is added. Call `after_backward` in every step. Neurons: ∂R/∂φ over all parameters that require grad,
+        from the second step on, by one more backward pass in each of these steps.
     target: T_s from the log-probability ℓ_s of answer s with n_s tokens: "probability" exp(ℓ_s) (the paper),
         "log_probability" ℓ_s, "mean_token_probability" exp(ℓ_s / n_s).
     granularity: "parameter", as above, or "neuron": i is an output of a linear module, frozen or not. With its value
@@ -228,7 +229,9 @@ class SSIUURegularizer:
         self._awaiting_after_backward = False
         penalty_norm = self._last_step.penalty_gradient_norm
         loss_norm = gradient_norm(self.regularized_parameters) / scale
-        if 0 < penalty_norm < float("inf") and 0 < loss_norm < float("inf"):
+        # neurons are compared with their own first values: in the first step what differs is rounding
+        at_the_start = self.granularity == "neuron" and self._step == 1
+        if not at_the_start and 0 < penalty_norm < float("inf") and 0 < loss_norm < float("inf"):
             self._ratios.append(loss_norm / penalty_norm)
         if len(self._ratios) == CALIBRATION_STEPS:
             self.weight = self.relative_weight * statistics.median(self._ratios)

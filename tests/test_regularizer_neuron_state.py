@@ -122,7 +122,7 @@ def test_relative_weight_over_micro_batches_and_frozen_weights():
         regularizer = neurons(model, relative_weight=30.0, reference="initial")
         rows = batch(seed=0)
         regularizer.set_reference([(log_probs_of(model, rows), None, IDS)])
-        for _ in range(4):
+        for _ in range(5):
             move(model)
             step(model, regularizer, rows, micro_batches=micro_batches, ids=IDS)
             norm = regularizer.last_step.penalty_gradient_norm
