@@ -387,11 +387,18 @@ def test_one_tensor_of_each_tapped_output_is_kept(make):
     # the first step looks whether the model writes into its outputs, and makes .grad
     memory(plain), memory(model, regularizer)
     forward, sent_back, gone = memory(plain)
-    with_taps, measured, taps_sent_back, taps_gone = memory(model, regularizer)
-    assert with_taps <= forward + kept
-    assert forward + kept / 2 < measured <= forward + kept + little
-    assert taps_sent_back <= sent_back + little
-    assert taps_gone <= gone + little
+    with_taps, measured, *after = memory(model, regularizer)
+    # some outputs are saved by the model anyway
+    assert forward < with_taps < forward + 0.7 * kept
+    assert forward + 0.9 * kept < measured <= forward + kept + little
+    assert after <= [sent_back + little, gone + little]
+    # a graph that isn't measured, like that of the retain batch, is let go of as it is sent back
+    unmeasured, *after = memory(model)
+    assert unmeasured == with_taps
+    assert after <= [sent_back + little, gone + little]
+    # and nothing is kept where nothing is to be added
+    regularizer.weight = 0.0
+    assert memory(model, regularizer)[1] <= forward + little
 
 
 def test_a_forward_pass_that_is_never_sent_back_leaves_nothing():

@@ -144,6 +144,18 @@ def test_without_a_reference_pass_the_first_attributions_are_kept_with_one_warni
     assert regularizer.state_dict()["reference_ids"] == list(range(8))
 
 
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_of_a_sample_that_is_new_and_twice_in_a_batch_the_first_counts():
+    model = tiny_llama()
+    references = []
+    for ids in (torch.arange(5), torch.tensor([0, 1, 2, 0, 1])):
+        regularizer = neurons(model, reference="initial")
+        step(model, regularizer, batch(), ids=ids)
+        references.append(regularizer.state_dict()["references"])
+    for name, rows in references[1].items():
+        assert torch.equal(rows, references[0][name][:3])
+
+
 def test_a_freed_graph_names_the_right_order():
     model = tiny_llama()
     log_probs = log_probs_of(model, batch())
