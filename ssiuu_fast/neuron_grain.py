@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.neuron_measurement import Measurement
-from ssiuu_fast.neuron_references import BatchReferences, SampleReferences, neurons_of
+from ssiuu_fast.neuron_references import BatchReferences, SampleReferences
 from ssiuu_fast.ops.backends import choose
-from ssiuu_fast.selection import select_modules
+from ssiuu_fast.selection import base_layer, select_modules
 from ssiuu_fast.step import MicroBatch, StepResult
 from ssiuu_fast.taps import PendingInjections, Taps
 
@@ -37,7 +37,8 @@ class NeuronGrain:
         self._modules = select_modules(model, patterns)
         for module in self._modules.values():
             # asked for by name, a backend that can't run is refused now and not in the first step
-            choose(backend, "neuron_penalty", module.weight.device, double=module.weight.dtype == torch.float64)
+            weight = base_layer(module).weight
+            choose(backend, "neuron_penalty", weight.device, double=weight.dtype == torch.float64)
         self._how = {"one_sided": one_sided, "backend": backend}
         self._references = SampleReferences() if reference == "initial" else BatchReferences()
         self._taps = Taps(self._modules)
@@ -113,11 +114,14 @@ class NeuronGrain:
                 f"the saved state is of other modules: {name} has {saved.get(name, 'no')} neurons there, "
                 f"{ours.get(name, 'no')} here"
             )
-        self._references.load_state_dict(state, {name: module.weight.device for name, module in self._modules.items()})
+        devices = {name: base_layer(module).weight.device for name, module in self._modules.items()}
+        self._references.load_state_dict(state, devices)
         self._pending = PendingInjections()
 
     def _neurons(self) -> dict[str, int]:
-        return {name: neurons_of(module) for name, module in self._modules.items()}
+        layers = {name: base_layer(module) for name, module in self._modules.items()}
+        # GPT-2's Conv1D has another name for its width
+        return {name: layer.nf if hasattr(layer, "nf") else layer.out_features for name, layer in layers.items()}
 
     def _unknown(self, batch: MicroBatch) -> list[int]:
         """Ids without an initial attribution; ValueError where every sample should have one."""
@@ -203,6 +207,8 @@ class _InjectedGradient:
     def square(self) -> Tensor:
         for gradient in self._sums.values():
             self._square(0, gradient)
+        if not self._squares:
+            return torch.zeros((), dtype=torch.float64)
         return torch.stack([square.to(self._squares[0].device) for square in self._squares]).sum()
 
     def _sum(self, index: int, gradient: Tensor) -> None:

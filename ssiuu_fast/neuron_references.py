@@ -4,7 +4,7 @@ NaN stands for an attribution that isn't known yet: the operator leaves such a n
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssiuu_fast.references import warn_of_another_size
 
@@ -89,11 +89,6 @@ class SampleReferences:
         self.tensors = _on_devices(state["references"], devices)
         self.rows = {sample: row for row, sample in enumerate(state["reference_ids"])}
         self.complete = state["reference_complete"]
-
-
-def neurons_of(module: nn.Module) -> int:
-    # GPT-2's Conv1D stores its weight the other way round
-    return module.nf if hasattr(module, "nf") else module.out_features
 
 
 def _on_devices(saved: dict[str, Tensor], devices: dict[str, torch.device]) -> dict[str, Tensor]:

@@ -36,9 +36,15 @@ def select_modules(model: nn.Module, patterns: Iterable[str] | None) -> dict[str
 
     patterns None: those inside the blocks. Otherwise those whose weight's name matches one of the glob patterns. Raises
     ValueError where nothing is left, or a pattern matches nothing.
+
+    A linear module with adapters (LoRA) is one module: its neurons are the outputs of the whole, under its own name.
     """
     patterns = _listed(patterns)
-    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    linear: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(outer in linear for outer in _parents(name))
+        if _is_linear(base_layer(module)) and not inside:
+            linear[name] = module
     if patterns is None:
         selected = {name: module for name, module in linear.items() if _in_block(name)}
     else:
@@ -48,6 +54,16 @@ def select_modules(model: nn.Module, patterns: Iterable[str] | None) -> dict[str
     if not selected:
         raise ValueError(_nothing_selected(len(linear), 0, patterns))
     return selected
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The linear module that adapters were put around, as PEFT names it; any other module is its own."""
+    return getattr(module, "base_layer", module)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
 
 
 def _listed(patterns: Iterable[str] | None) -> list[str] | None:

@@ -490,6 +490,34 @@ def test_a_module_outside_the_graph_keeps_its_reference_and_is_counted(reference
     assert absent == [0, 1, 0]
 
 
+class Adapted(nn.Module):
+    """A linear module with a low-rank adapter, as PEFT builds it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer.requires_grad_(False)
+        self.lora_A = nn.Linear(base_layer.in_features, 2, bias=False, dtype=torch.float64)
+        self.lora_B = nn.Linear(2, base_layer.out_features, bias=False, dtype=torch.float64)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+def test_neurons_of_an_adapted_module_are_those_of_the_whole():
+    model, merged = Residual(in_place=False), Residual(in_place=False)
+    model.layers[1] = Adapted(model.layers[1])
+    regularizers = neurons(model), neurons(merged)
+    for seed in range(2):
+        adapted = model.layers[1]
+        merged.layers[1].weight.data = adapted.base_layer.weight + adapted.lora_B.weight @ adapted.lora_A.weight
+        penalties = [step(m, r, batch(seed=seed)) for m, r in zip((model, merged), regularizers, strict=True)]
+        assert penalties[0] == pytest.approx(penalties[1], rel=1e-9)
+    assert penalties[0] > 0
+    one, other = (regularizer.state_dict() for regularizer in regularizers)
+    assert one["neurons"] == other["neurons"] == {f"layers.{index}": 6 for index in range(3)}
+    assert_close(one["references"], other["references"])
+
+
 def test_ddp_in_one_process_is_the_plain_model(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
