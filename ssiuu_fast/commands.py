@@ -152,7 +152,9 @@ def unlearn_command(options: UnlearnOptions) -> None:
     )
     print(f"{progress.steps} steps, {progress.epochs} epochs, stopped by {progress.stopped_by}")
     if regularizer is not None:
-        print(f"λ {_number(progress.weight)}; the penalty was {progress.penalty_share:.1%} of the gradient on average")
+        share = progress.penalty_share
+        known = "" if share is None else f"; the penalty was {share:.1%} of the gradient on average"
+        print(f"λ {_number(progress.weight)}{known}")
     for note in progress.notes:
         print(f"note: {note}")
     print(f"model: {run.file(MODEL_FOLDER)}")
@@ -231,6 +233,7 @@ def _regularizer(model, options: UnlearnOptions) -> SSIUURegularizer:
         weight=options.weight or 0.0,
         relative_weight=relative,
         target=options.target,
+        granularity=options.granularity,
         reference=options.reference,
         one_sided=options.one_sided,
         every=options.every,

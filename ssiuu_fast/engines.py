@@ -1,6 +1,7 @@
 """How the gradient of the target is had from a model, however it is wrapped; what can't be had is refused by name."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         _refuse_module(name or "the model", module)
     refuse_sharded(model.named_parameters())
     return model
+
+
+def refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise ValueError(
+                f"{name or 'the model'} is compiled: taps are forward hooks on its linear modules, which a compiled "
+                "graph leaves out or breaks at. Give the model before torch.compile, or use granularity='parameter'"
+            )
 
 
 def refuse_several_processes(process_group=None) -> None:
@@ -94,10 +104,20 @@ def target_gradients(
 
     Every gradient is contiguous and shares memory with no other, so that it may be overwritten.
     """
+    gradients = differentiate(target, parameters, scale=scale, retain_graph=retain_graph)
+    found = sum(gradient is not None for gradient in gradients)
+    refuse_missing(target, found, len(parameters), "regularised parameters", "wrapped, sharded or frozen")
+    return _separate(gradients)
+
+
+def differentiate(
+    target: Tensor, tensors: list[Tensor], *, scale: float = 1.0, retain_graph: bool = True
+) -> tuple[Tensor | None, ...]:
+    """scale · ∂target/∂tensor for each, None where it isn't in the graph; what autograd complains of, with a remedy."""
     try:
-        gradients = torch.autograd.grad(
+        return torch.autograd.grad(
             target,
-            parameters,
+            tensors,
             grad_outputs=torch.full_like(target, scale),
             retain_graph=retain_graph,
             allow_unused=True,
@@ -107,15 +127,36 @@ def target_gradients(
         if remedy is None:
             raise
         raise RuntimeError(remedy) from error
-    missing = [gradient is None for gradient in gradients]
-    if any(missing) and _has_node(target, "CheckpointFunctionBackward"):
+
+
+def visit_gradients(target: Tensor, parameters: list[nn.Parameter], visit: Callable[[int, Tensor], None]) -> None:
+    """Runs visit(index, gradient) on what reaches each parameter in a backward pass of zeros from target.
+
+    That is what hooks in the graph add to it. The gradients exist one at a time, no `.grad` is touched and the graph is
+    kept.
+    """
+
+    def replace(index: int, gradient: Tensor) -> Tensor:
+        visit(index, gradient)
+        # autograd.grad collects what this returns: something without memory
+        return gradient.new_zeros(()).expand(gradient.shape)
+
+    handles = [parameter.register_hook(partial(replace, index)) for index, parameter in enumerate(parameters)]
+    try:
+        differentiate(target, parameters, scale=0.0)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def refuse_missing(target: Tensor, found: int, total: int, sought: str, usual_reasons: str) -> None:
+    """Raises RuntimeError where nothing that was sought is in the graph, or where checkpointing may hide some of it."""
+    if found < total and _has_node(target, "CheckpointFunctionBackward"):
         raise RuntimeError(REENTRANT_REMEDY)
-    if all(missing):
+    if not found:
         raise RuntimeError(
-            f"0 of {len(parameters)} regularised parameters are in this graph: was the model wrapped, sharded or "
-            "frozen after the regulariser was built?"
+            f"0 of {total} {sought} are in this graph: was the model {usual_reasons} after the regulariser was built?"
         )
-    return _separate(gradients)
 
 
 def _separate(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:

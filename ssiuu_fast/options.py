@@ -109,6 +109,7 @@ class UnlearnOptions:
         relative_weight: penalty relative to the gradient at the start; 30 if neither this nor weight is given.
         target: what the attribution is of: probability (the paper), log_probability or mean_token_probability (for
             long answers, whose probability underflows).
+        granularity: what has an attribution: each parameter (the paper), or each neuron, an output of a linear module.
         reference: what attributions are compared with: previous step or initial weights.
         one_sided: penalise only attributions below their reference.
         every: penalise each k-th step only, k times as much.
@@ -136,6 +137,7 @@ class UnlearnOptions:
     weight: float | None = None
     relative_weight: float | None = None
     target: Literal["probability", "log_probability", "mean_token_probability"] = "probability"
+    granularity: Literal["parameter", "neuron"] = "parameter"
     reference: Literal["previous", "initial"] = "previous"
     one_sided: bool = False
     every: int = 1
@@ -152,6 +154,12 @@ class UnlearnOptions:
         _require_above_zero(self, "learning_rate")
         if self.weight is not None and self.relative_weight is not None:
             raise ValueError("give weight or relative_weight, not both")
+        split = self.micro_batch_size is not None and self.micro_batch_size < self.batch_size
+        if self.granularity == "neuron" and self.reference == "previous" and split and self.method in (None, "ssiuu"):
+            raise ValueError(
+                "micro_batch_size: with granularity=neuron and reference=previous an attribution is a sum over the "
+                "whole batch. Leave micro_batch_size out, or use reference=initial"
+            )
 
 
 @dataclass

@@ -35,11 +35,15 @@ class References:
             self.samples = samples
         elif samples != self.samples and not self._warned:
             self._warned = True
-            warnings.warn(
-                f"a step of {samples} forget samples is compared with a reference over {self.samples}: attributions "
-                "are sums over the batch: give every step the same number (drop_last, or a sampler that wraps around)",
-                stacklevel=4,
-            )
+            warn_of_another_size(samples, self.samples, stacklevel=8)
+
+
+def warn_of_another_size(samples: int, reference_samples: int, stacklevel: int) -> None:
+    warnings.warn(
+        f"a step of {samples} forget samples is compared with a reference over {reference_samples}: attributions "
+        "are sums over the batch: give every step the same number (drop_last, or a sampler that wraps around)",
+        stacklevel=stacklevel,
+    )
 
 
 def refuse_state_dtype(dtype: StateDtype, parameters: NamedParameters) -> None:

@@ -1,29 +1,17 @@
 """The Ssiuu penalty in anybody's training loop."""
 
 import statistics
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
-from ssiuu_fast.change import ChangeWatch
-from ssiuu_fast.ops.backends import choose
-from ssiuu_fast.ops.penalty import penalty_
-from ssiuu_fast.references import (
-    MeanAttribution,
-    References,
-    StateDtype,
-    empty_references,
-    flat_state,
-    from_flat_state,
-    refuse_state_dtype,
-    state_dtype_name,
-)
-from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
+from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
+from ssiuu_fast.references import StateDtype, state_dtype_name
 from ssiuu_fast.share import ShareWatch
-from ssiuu_fast.step import MicroBatches, NonfiniteWatch, StepStatistics, gradient_norm
+from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
 
 REFERENCES = ("previous", "initial")
@@ -54,26 +42,33 @@ class SSIUURegularizer:
     model_or_named_parameters: a model, or pairs of name and parameter. Build it after wrapping and freezing.
     weight: λ. The paper's 1e-4 … 1e-3 has no scale of its own: on another model prefer relative_weight.
     relative_weight: r; λ = r · median of ‖∇L‖ / ‖∂R/∂φ‖ over the first 4 regularised steps with R > 0, in which
-        nothing is added. Call `after_backward` in every step.
+        nothing is added. Call `after_backward` in every step. Neurons: ∂R/∂φ over all parameters that require grad,
+        from the second step on, by one more backward pass in each of these steps.
     target: T_s from the log-probability ℓ_s of answer s with n_s tokens: "probability" exp(ℓ_s) (the paper),
         "log_probability" ℓ_s, "mean_token_probability" exp(ℓ_s / n_s).
-    granularity: "parameter". ("neuron" is not built yet.)
+    granularity: "parameter", as above, or "neuron": i is an output of a linear module, frozen or not. With its value
+        h and g = ∂T/∂h, both [samples, tokens, neurons], A sums h·g over the tokens and, with "previous", the samples.
+        2λ · 1[A < 0] · (A − A^ref) · g is added to the gradient at h while the loss is sent back, which must come from
+        the same forward pass as log_probs; from h it flows on to all that lies below. Needs the model. Between the two
+        backward passes one tensor of each such output is kept. Modules not in the graph keep their reference.
     reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
-        (`set_reference`; without it, the first step's).
+        (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample.
     one_sided: penalise only A below its reference.
     every: regularise each k-th step, with k·λ; the others do no pass.
     parameters: glob patterns over parameter names; None takes the weights of the linear modules inside the blocks.
+        Neurons: those of the linear modules whose weights match, or of all inside the blocks.
     state_dtype: what the references are stored in, torch.float32, torch.bfloat16 or "8bit" (1.016 bytes an element,
         `ops.Blockwise8`); None takes the parameter's dtype (fp32 for fp16). Warns once, naming torch.float32, where
-        attributions change less from step to step than few bits can show (`last_step.relative_change`).
+        attributions change less from step to step than few bits can show (`last_step.relative_change`). Of no use for
+        neurons, whose references are small.
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
-        FloatingPointError with the names of the parameters (on a GPU at the next `backward` or `last_step`),
-        "count" only counts them.
+        FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward` or
+        `last_step`), "count" only counts them.
     process_group: more than one rank is not built yet.
-    backend: see `ssiuu_fast.ops.penalty_`.
+    backend: see `ssiuu_fast.ops.penalty_` and `ssiuu_fast.ops.neuron_penalty`.
 
     Raises ValueError for options that make no sense, for models wrapped in a way it can't work in (engines.py) and
-    where no parameter is selected.
+    where nothing is selected.
     """
 
     def __init__(
@@ -97,26 +92,26 @@ class SSIUURegularizer:
         _refuse_unless_one_of("granularity", granularity, ("parameter", "neuron"))
         _refuse_unless_one_of("reference", reference, REFERENCES)
         _refuse_unless_one_of("nonfinite", nonfinite, ("raise", "count"))
-        if granularity == "neuron":
-            raise ValueError("granularity='neuron' is not built yet: use granularity='parameter'")
+        if granularity == "neuron" and state_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"state_dtype={state_dtype} is of no use with granularity='neuron': a reference is one fp32 number a "
+                "neuron (and sample), leave state_dtype out"
+            )
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
         for name, value in (("weight", weight), ("relative_weight", relative_weight)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
         engines.refuse_several_processes(process_group)
-        if isinstance(model_or_named_parameters, nn.Module):
-            model_or_named_parameters = engines.unwrap(model_or_named_parameters)
-        self._parameters = select_parameters(model_or_named_parameters, parameters)
-        engines.refuse_sharded(self._parameters.items())
-        engines.refuse_steps_in_backward(self._parameters.items())
-        _refuse_unusual(self._parameters)
-        refuse_state_dtype(state_dtype, self._parameters)
-        for parameter in self._parameters.values():
-            # asked for by name, a backend that can't run is refused now and not in the first step
-            choose(backend, "penalty_", parameter.device, double=parameter.dtype == torch.float64)
+        common = {"reference": reference, "one_sided": one_sided, "backend": backend}
+        self._grain = (
+            NeuronGrain(model_or_named_parameters, parameters, **common)
+            if granularity == "neuron"
+            else ParameterGrain(model_or_named_parameters, parameters, state_dtype=state_dtype, **common)
+        )
 
         self.target = target
+        self.granularity = granularity
         self.reference = reference
         self.one_sided = one_sided
         self.every = every
@@ -125,19 +120,16 @@ class SSIUURegularizer:
         self.weight: float | None = weight if relative_weight is None else None
         self._state_dtype = state_dtype
         self._raise_nonfinite = nonfinite == "raise"
-        self._backend = backend
-        self._elements = sum(parameter.numel() for parameter in self._parameters.values())
 
-        self._references: References | None = None
         self._step = 0
         self._ratios: list[float] = []
         self._awaiting_after_backward = False
-        self._micro_batches: MicroBatches | None = None
+        # begun and waiting for more micro-batches
+        self._open_step: ParameterStep | NeuronStep | None = None
         self._skipped = False
         self._share_watch = ShareWatch(self.regularized_parameters)
         self._last_step: StepStatistics | None = None
         self._nonfinite = NonfiniteWatch()
-        self._change = ChangeWatch()
 
     def backward(
         self,
@@ -150,30 +142,37 @@ class SSIUURegularizer:
     ) -> Tensor:
         """Adds scale · λ · ∂R/∂φ to `.grad`; call it on the live graph, before this micro-batch's loss.backward().
 
+        At neuron granularity loss.backward() itself adds it, and `.grad` is untouched here.
+
         log_probs: [B] log-probabilities of the answers (`sequence_log_probs`); their graph is kept.
         last: False for the earlier micro-batches of a step: their gradient is only summed (one buffer of model
-            size) and `.grad` is untouched.
+            size) and `.grad` is untouched. Neurons: refused with reference="previous", whose attributions need the
+            whole batch; with "initial" each micro-batch has its own penalty, and R is their sum.
         scale: the factor on the caller's loss (GradScaler.get_scale()), the same in all micro-batches of a step. A, R
             and the references don't depend on it.
         token_counts: [B] answer tokens, for target="mean_token_probability".
-        sample_ids: of no use at parameter granularity.
+        sample_ids: [B] whole numbers that name the samples, for neurons with reference="initial"; else of no use.
 
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
-        ValueError for an empty batch or log-probs that aren't numbers, RuntimeError where the graph can't give
-        the gradient, FloatingPointError as `nonfinite` says (the finite part was then added: don't take the step).
+        ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
+        non-finite attributions), RuntimeError where the graph can't give the gradient, FloatingPointError as
+        `nonfinite` says (the finite part was then added: don't take the step).
         A call that raises abandons the step's earlier micro-batches.
         """
         try:
-            return self._backward(log_probs, last, scale, token_counts)
+            return self._backward(log_probs, last, scale, token_counts, sample_ids)
         except BaseException:
-            self._micro_batches = None
+            self._open_step = None
             raise
 
-    def _backward(self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None) -> Tensor:
+    def _backward(
+        self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None, sample_ids: Tensor | None
+    ) -> Tensor:
         self._check_nonfinite()
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
+        sample_ids = self._grain.check(len(log_probs), sample_ids, last)
         self._skipped = self._step % self.every != 0
         if self._skipped:
             self._step += last
@@ -183,24 +182,26 @@ class SSIUURegularizer:
                 "after_backward() was not called in the last step: with relative_weight, call it in every step after "
                 "the last loss.backward(), before clipping"
             )
-        batch = self._micro_batches or MicroBatches(scale)
-        if scale != batch.scale:
-            raise ValueError(f"scale changed within a step, from {batch.scale} to {scale}")
+        step = self._open_step or self._grain.begin(scale, None if self.weight is None else self.weight * self.every)
+        if scale != step.scale:
+            raise ValueError(f"scale changed within a step, from {step.scale} to {scale}")
         target, underflows = target_sum(log_probs, self.target, token_counts)
-        gradients = engines.target_gradients(target, self.regularized_parameters, scale=scale)
-        batch.add(gradients, underflows, len(log_probs))
+        step.add(MicroBatch(target, len(log_probs), underflows, sample_ids, last))
         if not last:
-            self._micro_batches = batch
+            self._open_step = step
             return log_probs.new_zeros(())
-        self._micro_batches = None
-        return self._add_penalty(batch)
+        self._open_step = None
+        return self._finish(step)
 
-    def set_reference(self, log_prob_batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> None:
+    def set_reference(self, log_prob_batches: Iterable[Tensor | tuple]) -> None:
         """reference="initial": takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the forget set at the starting weights.
 
         log_prob_batches: one pass over the forget set; each item a [B] tensor of live log-probs, or with
         target="mean_token_probability" a pair (log_probs, token_counts). Each graph is freed after use. n is the
         number of samples seen, b the number of samples of the first regularised step.
+
+        At neuron granularity A_ref is that of each sample, an item is (log_probs, token_counts or None, sample_ids)
+        and `backward` then refuses samples that weren't in the pass.
         """
         if self.reference != "initial":
             raise ValueError(
@@ -208,13 +209,16 @@ class SSIUURegularizer:
             )
         if self._step:
             raise RuntimeError(f"set_reference comes before the first step; {self._step} steps were taken")
-        mean = MeanAttribution(self._parameters, self._state_dtype)
+        self._grain.set_reference(self._reference_targets(log_prob_batches))
+
+    def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
-            log_probs, token_counts = item if isinstance(item, tuple) else (item, None)
+            item = item if isinstance(item, tuple) else (item,)
+            log_probs, token_counts, sample_ids = (*item, None, None)[:3]
             check_log_probs(log_probs, self.target, token_counts)
-            target, _ = target_sum(log_probs, self.target, token_counts)
-            mean.add(engines.target_gradients(target, self.regularized_parameters, retain_graph=False), len(log_probs))
-        self._references = mean.references()
+            sample_ids = self._grain.check(len(log_probs), sample_ids, True)
+            target, underflows = target_sum(log_probs, self.target, token_counts)
+            yield MicroBatch(target, len(log_probs), underflows, sample_ids)
 
     def after_backward(self, scale: float = 1.0) -> None:
         """Measures ‖∇L‖ over the regularised parameters until λ is fixed; then does nothing. relative_weight only.
@@ -228,20 +232,27 @@ class SSIUURegularizer:
         self._awaiting_after_backward = False
         penalty_norm = self._last_step.penalty_gradient_norm
         loss_norm = gradient_norm(self.regularized_parameters) / scale
-        if penalty_norm > 0 and 0 < loss_norm < float("inf"):
+        # neurons are compared with their own first values: in the first step what differs is rounding
+        at_the_start = self.granularity == "neuron" and self._step == 1
+        if not at_the_start and 0 < penalty_norm < float("inf") and 0 < loss_norm < float("inf"):
             self._ratios.append(loss_norm / penalty_norm)
         if len(self._ratios) == CALIBRATION_STEPS:
             self.weight = self.relative_weight * statistics.median(self._ratios)
 
-    def penalty_share(self, gradient_norm: float) -> float:
+    def penalty_share(self, gradient_norm: float) -> float | None:
         """‖every · λ ∂R/∂φ‖ ÷ gradient_norm in this step, for the log; 0 in steps without a penalty.
+
+        None where it isn't known: at neuron granularity once λ is fixed (StepStatistics.penalty_gradient_norm).
 
         gradient_norm: the norm of the step's whole gradient at scale 1, as clip_grad_norm_ returns it. Warns once, in
         plain words, where the penalty has been too small to matter over its first 10 steps.
         """
         if self._skipped or self._last_step is None or not gradient_norm > 0:
             return 0.0
-        share = self.last_step.added_norm / gradient_norm
+        added = self.last_step.added_norm
+        if added is None:
+            return None
+        share = added / gradient_norm
         if self.weight is not None:
             self._share_watch.see(share)
         return share
@@ -259,17 +270,17 @@ class SSIUURegularizer:
 
     @property
     def parameter_names(self) -> list[str]:
-        """Names of the regularised parameters."""
-        return list(self._parameters)
+        """Names of the regularised parameters; for neurons, of all that require grad: the penalty may reach them."""
+        return self._grain.names
 
     @property
     def regularized_parameters(self) -> list[nn.Parameter]:
         """The regularised parameters, in the order of their names."""
-        return list(self._parameters.values())
+        return self._grain.parameters
 
     def state_dict(self) -> dict:
         """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter)."""
-        if self._micro_batches is not None:
+        if self._open_step is not None:
             raise RuntimeError("state_dict was asked for between the micro-batches of a step: save after the step")
         return {
             "version": STATE_VERSION,
@@ -277,8 +288,7 @@ class SSIUURegularizer:
             "step": self._step,
             "weight": self.weight,
             "ratios": list(self._ratios),
-            "references": None if self._references is None else flat_state(self._references.tensors),
-            "reference_samples": None if self._references is None else self._references.samples,
+            **self._grain.state_dict(),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -291,21 +301,17 @@ class SSIUURegularizer:
             saved = state["settings"].get(name)
             if saved != ours:
                 raise ValueError(f"the saved state has {name}={saved!r}, this regulariser {name}={ours!r}")
-        references = None
-        if state["references"] is not None:
-            loaded = from_flat_state(self._parameters, self._state_dtype, state["references"])
-            references = References(loaded, state["reference_samples"])
-        self._references = references
+        self._grain.load_state_dict(state)
         self._step = state["step"]
         self.weight = state["weight"]
         self._ratios = list(state["ratios"])
-        self._micro_batches = None
+        self._open_step = None
         self._awaiting_after_backward = False
 
     def _settings(self) -> dict:
         return {
             "target": self.target,
-            "granularity": "parameter",
+            "granularity": self.granularity,
             "reference": self.reference,
             "one_sided": self.one_sided,
             "every": self.every,
@@ -313,58 +319,15 @@ class SSIUURegularizer:
             "state_dtype": state_dtype_name(self._state_dtype),
         }
 
-    def _add_penalty(self, batch: MicroBatches) -> Tensor:
-        """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters."""
-        first = self._references is None
-        references = self._references or References(
-            empty_references(self._parameters, self._state_dtype), batch.samples
-        )
-        if first and self.reference == "initial":
-            warnings.warn(
-                "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
-                stacklevel=3,
-            )
-        references.follow(batch.samples)
-
-        gradients = dict(zip(self._parameters, batch.gradients, strict=True))
-        update = self.reference == "previous" or first
-        names = [name for name, gradient in gradients.items() if gradient is not None]
-        # before the pass, which overwrites the gradients
-        change = (
-            None if first else self._change.measure(gradients, self._parameters, references.tensors, 1.0 / batch.scale)
-        )
+    def _finish(self, step: ParameterStep | NeuronStep) -> Tensor:
         calibrating = self.weight is None
-        weight = 0.0 if calibrating else self.weight * self.every
-        counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
-        result = penalty_(
-            [gradients[name] for name in names],
-            [self._parameters[name] for name in names],
-            [references.tensors[name] for name in names],
-            weight=weight * batch.scale,
-            # while λ is being calibrated the penalty is formed, written over g and dropped
-            out=None if calibrating else [self._parameters[name].grad for name in names],
-            one_sided=self.one_sided,
-            update_references=update,
-            first=first,
-            gradient_scale=1.0 / batch.scale,
-            nonfinite_counts=counts,
-            backend=self._backend,
-        )
-        for name, gradient in gradients.items():
-            if gradient is None and update:
-                # a parameter outside this step's graph has A = 0
-                references.tensors[name].zero_()
-            elif gradient is not None and not calibrating and self._parameters[name].grad is None:
-                self._parameters[name].grad = gradient
-        self._references = references
-        self._last_step = StepStatistics(
-            result, batch.underflows, self._elements, 0.0 if calibrating else self.weight, self.every, change
-        )
+        result = step.finish()
+        self._last_step = StepStatistics(result, 0.0 if calibrating else self.weight, self.every)
         self._step += 1
         self._awaiting_after_backward = calibrating
         if self._raise_nonfinite:
-            self._nonfinite.expect(names, counts)
-        if counts.device.type == "cpu":
+            self._nonfinite.expect(result.names, result.nonfinite_counts)
+        if result.nonfinite_counts.device.type == "cpu":
             self._check_nonfinite()
         return result.penalty
 
@@ -380,11 +343,3 @@ class SSIUURegularizer:
 def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
-
-
-def _refuse_unusual(parameters: NamedParameters) -> None:
-    for name, parameter in parameters.items():
-        if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise ValueError(f"{name} is {parameter.dtype}: regularised parameters must be fp32, bf16, fp16 or fp64")
-        if not parameter.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: store it contiguously, or leave it out with parameters=[...]")

@@ -1,4 +1,4 @@
-"""Which parameters of a model are regularised."""
+"""Which parameters of a model are regularised, or which modules' neurons."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -17,31 +17,74 @@ def select_parameters(
     point 6); of named parameters, all that require grad. Otherwise those that require grad and match one of the
     glob patterns. Raises ValueError where nothing is left, or a pattern matches nothing.
     """
-    if isinstance(patterns, str):
-        raise ValueError(
-            f"parameters must be a list of glob patterns, got the string {patterns!r}: write [{patterns!r}]"
-        )
+    patterns = _listed(patterns)
     if isinstance(model_or_named_parameters, nn.Module):
         named = dict(model_or_named_parameters.named_parameters())
         candidates = _block_weights(model_or_named_parameters) if patterns is None else named
     else:
         named = candidates = _unique(model_or_named_parameters)
     if patterns is not None:
-        candidates = _matching(named, list(patterns))
+        candidates = _matching(named, patterns, "parameters")
     selected = {name: parameter for name, parameter in candidates.items() if parameter.requires_grad}
     if not selected:
         raise ValueError(_nothing_selected(len(named), len(candidates), patterns))
     return selected
 
 
+def select_modules(model: nn.Module, patterns: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The linear modules whose outputs are the neurons, by name; whether they are frozen doesn't matter.
+
+    patterns None: those inside the blocks. Otherwise those whose weight's name matches one of the glob patterns. Raises
+    ValueError where nothing is left, or a pattern matches nothing.
+
+    A linear module with adapters (LoRA) is one module: its neurons are the outputs of the whole, under its own name.
+    """
+    patterns = _listed(patterns)
+    linear: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(outer in linear for outer in _parents(name))
+        if _is_linear(base_layer(module)) and not inside:
+            linear[name] = module
+    if patterns is None:
+        selected = {name: module for name, module in linear.items() if _in_block(name)}
+    else:
+        weights = {f"{name}.weight": module for name, module in linear.items()}
+        matching = _matching(weights, patterns, "weights of linear modules")
+        selected = {name.removesuffix(".weight"): module for name, module in matching.items()}
+    if not selected:
+        raise ValueError(_nothing_selected(len(linear), 0, patterns))
+    return selected
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The linear module that adapters were put around, as PEFT names it; any other module is its own."""
+    return getattr(module, "base_layer", module)
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts))]
+
+
+def _listed(patterns: Iterable[str] | None) -> list[str] | None:
+    if isinstance(patterns, str):
+        raise ValueError(
+            f"parameters must be a list of glob patterns, got the string {patterns!r}: write [{patterns!r}]"
+        )
+    return None if patterns is None else list(patterns)
+
+
 def _block_weights(model: nn.Module) -> NamedParameters:
     """Weights of linear modules that live in a numbered block (`model.layers.3.self_attn.q_proj`)."""
     found = {}
     for name, module in model.named_modules():
-        in_block = any(part.isdecimal() for part in name.split("."))
-        if in_block and _is_linear(module):
+        if _in_block(name) and _is_linear(module):
             found[f"{name}.weight"] = module.weight
     return _unique(found.items())
+
+
+def _in_block(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -59,11 +102,11 @@ def _unique(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> NamedParame
     return unique
 
 
-def _matching(named: NamedParameters, patterns: list[str]) -> NamedParameters:
+def _matching(named: dict, patterns: list[str], what: str) -> dict:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in named):
             raise ValueError(
-                f"parameters: the pattern {pattern!r} matches none of the {len(named)} parameters "
+                f"parameters: the pattern {pattern!r} matches none of the {len(named)} {what} "
                 f"(the first is {next(iter(named), None)!r})"
             )
     return {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}

@@ -9,79 +9,97 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.host_copy import HostCopy
-from ssiuu_fast.ops.penalty import PenaltyResult
+
+
+@dataclass
+class MicroBatch:
+    """Some samples of a step: Σ_s T_s with its graph, and how many of them underflowed."""
+
+    target: Tensor
+    samples: int
+    underflows: Tensor
+    sample_ids: list[int] | None = None
+    last: bool = True
+
+
+@dataclass
+class StepResult:
+    """The sums of one regularised step, at whatever grain; scalars and counts on the device."""
+
+    penalty: Tensor
+    negative: Tensor
+    elements: int
+    gradient_square: Tensor | None  # ‖∂R/∂φ‖²; None where it wasn't measured
+    underflows: list[Tensor]  # one a micro-batch
+    names: list[str]
+    nonfinite_counts: Tensor  # one a name
+    absent: int
+    change: Tensor | None = None  # see ChangeWatch.measure
 
 
 @dataclass
 class StepStatistics:
     """What the last regularised step did. Tensors stay on their device until a figure is asked for."""
 
-    result: PenaltyResult
-    underflow_counts: list[Tensor]  # one a micro-batch
-    elements: int
+    result: StepResult
     weight: float  # λ; 0 while it is being calibrated
     every: int
-    change: Tensor | None = None  # see ChangeWatch.measure
 
     @cached_property
     def penalty(self) -> float:
-        """R = Σ (A − A_ref)² over the regularised elements with A < 0."""
+        """R = Σ (A − A_ref)² over the regularised elements with A < 0.
+
+        An element is a scalar of a parameter, or a neuron; with reference="initial", a neuron in one sample.
+        """
         return self.result.penalty.item()
 
     @cached_property
     def negative_share(self) -> float:
         """Share of the regularised elements whose attribution is negative."""
-        return self.result.negative.item() / self.elements
+        return self.result.negative.item() / self.result.elements
 
     @cached_property
     def underflows(self) -> int:
         """Samples whose target is 0 in fp32: they add nothing to the penalty."""
-        return sum(int(count.item()) for count in self.underflow_counts)
+        return sum(int(count.item()) for count in self.result.underflows)
 
     @cached_property
     def nonfinite(self) -> int:
         """Elements whose attribution was not finite; they were left out."""
-        return self.result.nonfinite.item()
+        return int(self.result.nonfinite_counts.sum().item())
 
     @cached_property
     def relative_change(self) -> float | None:
         """Median |A − A_ref| / |A| of a sample of elements; None unless the references have 16 or 8 bits."""
-        if self.change is None:
+        if self.result.change is None:
             return None
-        change = self.change.item()
+        change = self.result.change.item()
         return change if math.isfinite(change) else None
 
+    @property
+    def absent(self) -> int:
+        """Regularised parameters, or tapped modules, that were not in the step's graph."""
+        return self.result.absent
+
     @cached_property
-    def penalty_gradient_norm(self) -> float:
-        """‖∂R/∂φ‖, before λ."""
-        return self.result.gradient_square.item() ** 0.5
+    def penalty_gradient_norm(self) -> float | None:
+        """‖∂R/∂φ‖, before λ.
+
+        None where it isn't known: at neuron granularity the penalty reaches the weights inside the loss's own backward
+        pass, and only while λ is being calibrated is its part measured on its own.
+        """
+        if self.penalty == 0:
+            return 0.0
+        square = self.result.gradient_square
+        return None if square is None else square.item() ** 0.5
 
     @property
-    def added_norm(self) -> float:
-        """‖every · λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1."""
-        return self.weight * self.every * self.penalty_gradient_norm
-
-
-class MicroBatches:
-    """Σ g over the micro-batches of one step."""
-
-    def __init__(self, scale: float):
-        self.scale = scale
-        self.gradients: list[Tensor | None] = []
-        self.underflows: list[Tensor] = []
-        self.samples = 0
-
-    def add(self, gradients: list[Tensor | None], underflows: Tensor, samples: int) -> None:
-        self.samples += samples
-        self.underflows.append(underflows)
-        if not self.gradients:
-            self.gradients = gradients
-            return
-        for index, gradient in enumerate(gradients):
-            if self.gradients[index] is None:
-                self.gradients[index] = gradient
-            elif gradient is not None:
-                self.gradients[index].add_(gradient)
+    def added_norm(self) -> float | None:
+        """‖every · λ ∂R/∂φ‖: the norm of what was added to the gradient, at scale 1; None where it isn't known."""
+        if self.weight == 0:
+            return 0.0
+        norm = self.penalty_gradient_norm
+        return None if norm is None else self.weight * self.every * norm
 
 
 class NonfiniteWatch:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -29,7 +30,8 @@ class Progress:
     steps: int = 0
     kept_epoch: int = 0
     stopped_by: str = "max_epochs"  # "threshold" | "max_epochs" | "divergence" | "already_met"
-    penalty_shares: list[float] = field(default_factory=list)
+    # None where the share isn't known, which is so at neuron granularity once λ is fixed
+    penalty_shares: list[float | None] = field(default_factory=list)
     weight: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -47,8 +49,13 @@ class Progress:
         return self.scores[self.kept_epoch]
 
     @property
-    def penalty_share(self) -> float:
-        """Mean over the steps of ‖λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping; 0 without a penalty."""
+    def penalty_share(self) -> float | None:
+        """Mean over the steps of ‖λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping; 0 without a penalty.
+
+        None if it isn't known in every step.
+        """
+        if None in self.penalty_shares:
+            return None
         return sum(self.penalty_shares) / len(self.penalty_shares) if self.penalty_shares else 0.0
 
     def as_dict(self) -> dict:
@@ -178,10 +185,10 @@ class _Stepper:
 
     def _reference_item(self, indices):
         batch = on_device(collate([self.forget[index] for index in indices]), self.device)
-        return answer_log_probs(self.model, batch), answer_token_counts(batch["labels"])
+        return answer_log_probs(self.model, batch), answer_token_counts(batch["labels"]), torch.tensor(indices)
 
     def _forget(self, number: int) -> float:
-        parts, tokens = self._micro_batches(self.forget, self.seed, number)
+        parts, sample_ids, tokens = self._micro_batches(self.forget, self.seed, number)
         total = 0.0
         for index, part in enumerate(parts):
             log_probs = answer_log_probs(self.model, part)
@@ -189,14 +196,16 @@ class _Stepper:
                 raise FloatingPointError("a log-probability of the forget batch is not a number")
             if self.regularizer is not None:
                 counts = answer_token_counts(part["labels"])
-                self.regularizer.backward(log_probs, last=index == len(parts) - 1, token_counts=counts)
+                self.regularizer.backward(
+                    log_probs, last=index == len(parts) - 1, token_counts=counts, sample_ids=sample_ids[index]
+                )
             self.terms.forget(log_probs, tokens).backward()
             total -= log_probs.detach().sum().item()
         return total / tokens
 
     def _retain(self, number: int) -> float:
         # another stream of draws than the forget rows
-        parts, tokens = self._micro_batches(self.retain, self.seed + 500_000, number)
+        parts, _, tokens = self._micro_batches(self.retain, self.seed + 500_000, number)
         total = 0.0
         for part in parts:
             log_probs = answer_log_probs(self.model, part)
@@ -205,10 +214,10 @@ class _Stepper:
         return total / tokens
 
     def _micro_batches(self, rows, seed: int, number: int):
-        chosen = [rows[index] for index in wrapping_batch(len(rows), self.batch_size, seed, number)]
-        starts = range(0, len(chosen), self.micro_batch_size)
-        parts = [on_device(collate(chosen[start : start + self.micro_batch_size]), self.device) for start in starts]
-        return parts, sum(int(answer_token_counts(part["labels"]).sum()) for part in parts)
+        """The batches, the indices of their rows, and the answer tokens of all."""
+        indices = torch.tensor(wrapping_batch(len(rows), self.batch_size, seed, number)).split(self.micro_batch_size)
+        parts = [on_device(collate([rows[index] for index in some.tolist()]), self.device) for some in indices]
+        return parts, indices, sum(int(answer_token_counts(part["labels"]).sum()) for part in parts)
 
 
 class _Best:
@@ -265,6 +274,8 @@ def _notes(progress: Progress, regularizer: SSIUURegularizer | None) -> list[str
         notes.append(
             "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
         )
-    elif reason := too_small(progress.penalty_share, regularizer.regularized_parameters):
+    elif progress.penalty_share is not None and (
+        reason := too_small(progress.penalty_share, regularizer.regularized_parameters)
+    ):
         notes.append(reason)
     return notes

@@ -9,7 +9,7 @@ from ssiuu_fast import answer_token_counts
 WEIGHT = 1e6
 
 
-def step(model, regularizer, rows, micro_batches=1, scale=1.0):
+def step(model, regularizer, rows, micro_batches=1, scale=1.0, ids=None):
     """One step's backward passes; gradients are added to what `.grad` holds. Returns R."""
     size = -(-len(rows["labels"]) // micro_batches)
     tokens = answer_token_counts(rows["labels"]).sum()
@@ -17,7 +17,13 @@ def step(model, regularizer, rows, micro_batches=1, scale=1.0):
         some = part(rows, index * size, (index + 1) * size)
         log_probs = log_probs_of(model, some)
         counts = answer_token_counts(some["labels"])
-        penalty = regularizer.backward(log_probs, last=index == micro_batches - 1, scale=scale, token_counts=counts)
+        penalty = regularizer.backward(
+            log_probs,
+            last=index == micro_batches - 1,
+            scale=scale,
+            token_counts=counts,
+            sample_ids=None if ids is None else ids[index * size : (index + 1) * size],
+        )
         (scale * log_probs.sum() / tokens).backward()
     return penalty.item()
 

@@ -80,6 +80,20 @@ def test_references_in_few_bits(taught_folder, files, tmp_path, capsys, state_dt
     assert json.loads((output / "config.json").read_text())["options"]["state_dtype"] == state_dtype
 
 
+def test_unlearn_by_neurons(taught_folder, files, tmp_path, capsys):
+    output = tmp_path / "run"
+    flags = ["--retain", files["retain"], "--granularity", "neuron", "--max_epochs", "6"]
+    assert unlearn(taught_folder, files, output, *flags, "--weight", "1.0") == 0
+    printed = capsys.readouterr().out
+    assert "λ 1\n" in printed
+    assert "of the gradient on average" not in printed
+    results = json.loads((output / "results.json").read_text())
+    assert results["unlearning"]["penalty_share"] is None
+    assert unlearn(taught_folder, files, tmp_path / "other", *flags, "--micro_batch_size", "4") == 1
+    assert "micro_batch_size: with granularity=neuron and reference=previous" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
 def test_no_retain_file_means_ga_and_it_says_why(taught_folder, files, tmp_path, capsys):
     assert unlearn(taught_folder, files, tmp_path / "run") == 0
     assert "unlearning by GA alone" in capsys.readouterr().out

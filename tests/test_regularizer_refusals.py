@@ -12,7 +12,7 @@ from ssiuu_fast import SSIUURegularizer
     ("options", "message"),
     [
         ({"target": "logit"}, "target must be one of .* got 'logit'"),
-        ({"granularity": "neuron"}, "not built yet"),
+        ({"granularity": "layer"}, "granularity must be one of"),
         ({"reference": "first"}, "reference must be one of"),
         ({"nonfinite": "ignore"}, "nonfinite must be one of"),
         ({"state_dtype": torch.float16}, "state_dtype must be one of .*torch.bfloat16, '8bit'; got torch.float16"),

@@ -1,5 +1,7 @@
 """The unlearning loop: early stop, what it keeps, and what it says."""
 
+import json
+
 import pytest
 import torch
 from taught import small_task
@@ -189,6 +191,46 @@ def test_the_initial_reference_is_taken_before_the_first_step(taught, recwarn):
     run(taught, regularizer=regularizer, log=rows.append, max_epochs=1, threshold=0.0)
     assert rows[1]["penalty"] > 0
     assert not [warning for warning in recwarn if "set_reference" in str(warning.message)]
+
+
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+def test_neurons(taught, reference, recwarn):
+    model, _ = taught
+    rows = []
+    regularizer = SSIUURegularizer(model, relative_weight=3, granularity="neuron", reference=reference)
+    # 30 rows, 16 a step: batches wrap around, and a row may be in one twice
+    micro = 5 if reference == "initial" else None
+    progress = run(
+        taught, regularizer=regularizer, log=rows.append, threshold=0.0, max_epochs=4, micro_batch_size=micro
+    )
+    steps = [row for row in rows if "penalty" in row]
+    assert len(steps) == progress.steps == 8
+    calibrated = [row["weight"] > 0 for row in steps]
+    # in the first step nothing has changed yet, then four calibrate
+    assert calibrated == [False] * 5 + [True] * 3
+    assert all(row["penalty"] > 0 for row in steps[1:])
+    # while λ is being calibrated nothing is added; then the penalty's part isn't known, and nothing is said of it
+    assert [row["penalty_share"] for row in steps] == [0.0] * 5 + [None] * 3
+    assert '"penalty_norm": null' in json.dumps(steps[-1])
+    assert progress.as_dict()["penalty_share"] is None
+    assert not any("too little to matter" in note for note in progress.notes)
+    assert not [warning for warning in recwarn if "penalty" in str(warning.message)]
+
+
+def test_neurons_hold_back_what_gradient_difference_changes(taught_folder):
+    """With a weight that dwarfs the loss the suppressing neurons stay near where they were."""
+    from taught import load_taught
+
+    penalties = {}
+    for weight in (0.0, 1e3):
+        model, encoder = load_taught(taught_folder)
+        rows = []
+        regularizer = SSIUURegularizer(
+            model, weight, granularity="neuron", reference="initial", target="mean_token_probability"
+        )
+        run((model, encoder), regularizer=regularizer, log=rows.append, threshold=0.0, max_epochs=4)
+        penalties[weight] = rows[-2]["penalty"]
+    assert penalties[1e3] < penalties[0.0]
 
 
 def test_bad_input(taught):

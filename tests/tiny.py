@@ -21,6 +21,26 @@ def tiny_llama(dtype=torch.float64, seed=0, **config):
     return model.train()
 
 
+def tiny_gpt2(dtype=torch.float64, seed=0):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=48,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        initializer_range=0.3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return GPT2LMHeadModel(config).to(dtype).train()
+
+
 def batch(samples=5, seed=0, length=9, vocabulary=48):
     """Right-padded rows of different lengths; the last 2 to 3 real tokens are the answer."""
     generator = torch.Generator().manual_seed(seed)
@@ -40,4 +60,6 @@ def part(batch, start, stop):
 def log_probs_of(model, rows):
     from ssiuu_fast import sequence_log_probs
 
-    return sequence_log_probs(model(rows["input_ids"], rows["attention_mask"]).logits, rows["labels"])
+    return sequence_log_probs(
+        model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits, rows["labels"]
+    )

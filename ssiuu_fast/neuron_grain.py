@@ -1,0 +1,238 @@
+"""The penalty at the grain of neurons: every output of a linear module is a feature with an attribution of its own."""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ssiuu_fast import engines
+from ssiuu_fast.neuron_measurement import Measurement
+from ssiuu_fast.neuron_references import BatchReferences, SampleReferences
+from ssiuu_fast.ops.backends import choose
+from ssiuu_fast.selection import base_layer, select_modules
+from ssiuu_fast.step import MicroBatch, StepResult
+from ssiuu_fast.taps import PendingInjections, Taps
+
+
+class NeuronGrain:
+    """The tapped modules and what the attributions of their neurons are compared with (METHOD, open point 3).
+
+    With h[b,k,i] a module's output and g = ∂T/∂h, A[i] = Σ_b Σ_k h·g for reference="previous" and A[b,i] = Σ_k h·g for
+    "initial". λ · 2 · 1[A < 0] · (A − A^ref) · g is added to the gradient at h in the loss's own backward pass, and
+    flows from there to every parameter below.
+    """
+
+    def __init__(
+        self, model: nn.Module, patterns: Iterable[str] | None, *, reference: str, one_sided: bool, backend: str
+    ):
+        if not isinstance(model, nn.Module):
+            raise ValueError("granularity='neuron' taps the outputs of modules: give the model, not its parameters")
+        engines.refuse_compiled(model)
+        model = engines.unwrap(model)
+        self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not self._trainable:
+            raise ValueError("no parameter of the model requires grad: unfreeze what is to be trained")
+        engines.refuse_steps_in_backward(self._trainable.items())
+        self._modules = select_modules(model, patterns)
+        for module in self._modules.values():
+            # asked for by name, a backend that can't run is refused now and not in the first step
+            weight = base_layer(module).weight
+            choose(backend, "neuron_penalty", weight.device, double=weight.dtype == torch.float64)
+        self._how = {"one_sided": one_sided, "backend": backend}
+        self._references = SampleReferences() if reference == "initial" else BatchReferences()
+        self._taps = Taps(self._modules)
+        self._pending = PendingInjections()
+        self._warned: set[str] = set()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._trainable)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._trainable.values())
+
+    @property
+    def modules(self) -> list[str]:
+        return list(self._modules)
+
+    def check(self, samples: int, sample_ids: Tensor | None, last: bool) -> list[int] | None:
+        """The sample ids as numbers. Raises ValueError where this grain can't take the micro-batch."""
+        if isinstance(self._references, BatchReferences):
+            if not last:
+                raise ValueError(
+                    "last=False: with granularity='neuron' and reference='previous' an attribution is a sum over the "
+                    "whole batch, and this micro-batch would be sent back before that sum is known. Give the step as "
+                    "one micro-batch, or use reference='initial'"
+                )
+            return None
+        return _numbers(sample_ids, samples)
+
+    def begin(self, scale: float, weight: float | None) -> "NeuronStep":
+        """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
+        return NeuronStep(self, scale, weight)
+
+    def regularize(self, batch: MicroBatch, scale: float, weight: float) -> Measurement:
+        """Measures a micro-batch, stores its attributions and hands the taps what the loss's pass is to add."""
+        unknown = self._unknown(batch)
+        measured = Measurement(self._references, **self._how)
+        measured.run(self._taps, batch, self.modules, weight=weight, scale=scale)
+        self._warn(unknown)
+        self._references.take(measured.attributions, batch.samples, batch.sample_ids)
+        self._pending = measured.inject()
+        return measured
+
+    def set_reference(self, batches: Iterable[MicroBatch]) -> None:
+        """A_ref[b,i] of every sample, by its id; each batch's graph is freed after use."""
+        references = SampleReferences()
+        for batch in batches:
+            for number in batch.sample_ids:
+                if number in references.rows or batch.sample_ids.count(number) > 1:
+                    raise ValueError(f"set_reference was given sample id {number} twice: each sample has its own")
+            measured = Measurement(references, **self._how)
+            measured.run(self._taps, batch, self.modules, weight=0.0, retain_graph=False)
+            for name, attribution in measured.attributions.items():
+                if attribution.isnan().any():
+                    raise FloatingPointError(
+                        f"the reference attribution of {name} is not finite: are the starting weights sound?"
+                    )
+            references.take(measured.attributions, batch.samples, batch.sample_ids)
+        if not references.rows:
+            raise ValueError("set_reference was given no batch: the forget set is empty")
+        references.complete = True
+        self._references = references
+
+    def state_dict(self) -> dict:
+        return {"neurons": self._neurons(), **self._references.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        saved, ours = state["neurons"], self._neurons()
+        if saved != ours:
+            name = min(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
+            raise ValueError(
+                f"the saved state is of other modules: {name} has {saved.get(name, 'no')} neurons there, "
+                f"{ours.get(name, 'no')} here"
+            )
+        devices = {name: base_layer(module).weight.device for name, module in self._modules.items()}
+        self._references.load_state_dict(state, devices)
+        self._pending = PendingInjections()
+
+    def _neurons(self) -> dict[str, int]:
+        layers = {name: base_layer(module) for name, module in self._modules.items()}
+        # GPT-2's Conv1D has another name for its width
+        return {name: layer.nf if hasattr(layer, "nf") else layer.out_features for name, layer in layers.items()}
+
+    def _unknown(self, batch: MicroBatch) -> list[int]:
+        """Ids without an initial attribution; ValueError where every sample should have one."""
+        if isinstance(self._references, BatchReferences):
+            return []
+        unknown = [number for number in batch.sample_ids if number not in self._references.rows]
+        if unknown and self._references.complete:
+            raise ValueError(
+                f"sample id {unknown[0]} was not in the pass of set_reference(), so it has no initial attribution: "
+                "give set_reference every forget sample, under the ids that backward is given"
+            )
+        return unknown
+
+    def _warn(self, unknown: list[int]) -> None:
+        if self._pending.count and "lost" not in self._warned:
+            self._warned.add("lost")
+            warnings.warn(
+                f"at {self._pending.count} modules the penalty of the last backward() was never added: with "
+                "granularity='neuron' it travels with the loss, which must come from the same forward pass as "
+                "log_probs and be sent back after regularizer.backward(log_probs)",
+                stacklevel=6,
+            )
+        if unknown and "reference" not in self._warned:
+            self._warned.add("reference")
+            warnings.warn(
+                "reference='initial' without set_reference(): the attributions of each sample's first step are kept",
+                stacklevel=6,
+            )
+
+
+class NeuronStep:
+    """The micro-batches of a step, each of which gets its penalty at once."""
+
+    def __init__(self, grain: NeuronGrain, scale: float, weight: float | None):
+        self.scale = scale
+        self._grain = grain
+        self._weight = weight
+        self._penalty: Tensor | float = 0.0
+        self._negative: Tensor | int = 0
+        self._elements = 0
+        self._nonfinite: dict[str, Tensor] = {}
+        self._underflows: list[Tensor] = []
+        self._gradient = _InjectedGradient(grain.parameters) if weight is None else None
+
+    def add(self, batch: MicroBatch) -> None:
+        # while λ is being calibrated ∂R/∂φ is measured with λ = 1, and the loss's own pass gets nothing
+        measured = self._grain.regularize(batch, self.scale, 1.0 if self._weight is None else self._weight)
+        if self._gradient is not None:
+            self._gradient.add(batch)
+        self._penalty = self._penalty + measured.penalty()
+        self._negative = self._negative + measured.negative()
+        self._elements += measured.elements()
+        for name, count in measured.nonfinite.items():
+            self._nonfinite[name] = self._nonfinite.get(name, 0) + count
+        self._underflows.append(batch.underflows)
+
+    def finish(self) -> StepResult:
+        counts = list(self._nonfinite.values())
+        return StepResult(
+            penalty=self._penalty,
+            negative=self._negative,
+            elements=self._elements,
+            gradient_square=None if self._gradient is None else self._gradient.square() / self.scale**2,
+            underflows=self._underflows,
+            names=list(self._nonfinite),
+            nonfinite_counts=torch.stack([count.to(counts[0].device) for count in counts]),
+            absent=len(self._grain.modules) - len(counts),
+        )
+
+
+class _InjectedGradient:
+    """‖∂R/∂φ‖² over a step: of its one micro-batch gradient by gradient, of several after they were summed."""
+
+    def __init__(self, parameters: list[nn.Parameter]):
+        self._parameters = parameters
+        self._sums: dict[int, Tensor] = {}
+        self._squares: list[Tensor] = []
+
+    def add(self, batch: MicroBatch) -> None:
+        alone = batch.last and not self._sums
+        engines.visit_gradients(batch.target, self._parameters, self._square if alone else self._sum)
+
+    def square(self) -> Tensor:
+        for gradient in self._sums.values():
+            self._square(0, gradient)
+        if not self._squares:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack([square.to(self._squares[0].device) for square in self._squares]).sum()
+
+    def _sum(self, index: int, gradient: Tensor) -> None:
+        if index in self._sums:
+            self._sums[index].add_(gradient)
+        else:
+            self._sums[index] = gradient.detach().clone()
+
+    def _square(self, index: int, gradient: Tensor) -> None:
+        # a norm, not a sum of squares: in fp32 small squares vanish
+        norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.promote_types(gradient.dtype, torch.float32))
+        self._squares.append(norm.double().square())
+
+
+def _numbers(sample_ids: Tensor | None, samples: int) -> list[int]:
+    if sample_ids is None:
+        raise ValueError(
+            "granularity='neuron' with reference='initial' compares each sample with itself: give sample_ids, a whole "
+            "number a sample (its row in the forget set)"
+        )
+    whole = isinstance(sample_ids, Tensor) and not (
+        sample_ids.is_floating_point() or sample_ids.is_complex() or sample_ids.dtype == torch.bool
+    )
+    if not whole or sample_ids.shape != (samples,):
+        found = f"{sample_ids.dtype} {list(sample_ids.shape)}" if isinstance(sample_ids, Tensor) else repr(sample_ids)
+        raise ValueError(f"sample_ids must be a tensor of {samples} whole numbers, shape [{samples}], got {found}")
+    return sample_ids.tolist()

@@ -1,0 +1,172 @@
+"""Taps on modules: where the gradient at a module's output is seen, and where another one is added to it.
+
+A tap is an identity on the output of a module, put there by a forward hook. It has a second input, one scalar that
+requires grad: the backward pass towards that scalar runs the backward of every tap in a graph, whatever is frozen, and
+computes no gradient of a weight.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ssiuu_fast import engines
+
+
+class Taps:
+    """Taps on some modules, for as long as this object or a graph that runs through it lives.
+
+    Graphs of forward passes that are never measured pass through unchanged, and nothing of them outlives them.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]):
+        self._scalar = torch.zeros((), requires_grad=True)
+        self._see: Callable[[TappedOutput, Tensor, Tensor], None] | None = None
+        # whether the model writes into a module's output; a module that isn't here was never measured
+        self._overwritten: dict[str, bool] = {}
+        handles = [module.register_forward_hook(_Hook(self, name)) for name, module in modules.items()]
+        weakref.finalize(self, _remove, handles)
+
+    def measure(
+        self,
+        target: Tensor,
+        see: Callable[["TappedOutput", Tensor, Tensor], None],
+        *,
+        scale: float = 1.0,
+        retain_graph: bool = True,
+    ) -> None:
+        """Calls see(output, h, scale · ∂target/∂h) for each tapped output h in the graph of target, last module first.
+
+        `see` must not write into either tensor. What it raises is raised here. h is let go of when it was seen, so a
+        graph is measured once. Outputs that the graph doesn't use aren't seen.
+        """
+        self._see = see
+        try:
+            engines.differentiate(target, [self._scalar], scale=scale, retain_graph=retain_graph)
+        finally:
+            self._see = None
+
+    def tap(self, name: str, output: Tensor) -> Tensor:
+        """The output with a tap on it: equal values, in the same memory or a copy."""
+        tapped = TappedOutput(self, name, output)
+        output = _Tap.apply(output, self._scalar, tapped)
+        if self._overwritten.get(name, True):
+            # autograd refuses writes into the result of an identity, which would change h: a copy takes them. Whether
+            # a model does this is seen when the first graph is measured, and most don't
+            output = output.clone()
+            tapped.writes = _version_counter(output)
+        return output
+
+    def receive(self, tapped: "TappedOutput", gradient: Tensor) -> Tensor:
+        """What the backward of a tap does: gradient is that of its output, the result that of its input."""
+        if self._see is None:
+            return tapped.pass_on(gradient)
+        if tapped.writes is not None:
+            self._overwritten[tapped.name] = tapped.writes._version > 0
+        self._see(tapped, tapped.take_hidden(), gradient)
+        return gradient
+
+
+class TappedOutput:
+    """One output h of a tapped module, in one graph. It keeps a single tensor of that size: first h, then what is to
+    be added to its gradient."""
+
+    def __init__(self, taps: Taps, name: str, output: Tensor):
+        self.name = name
+        # counts the writes into the copy that the model works on, where it has one
+        self.writes: Tensor | None = None
+        # strong: a graph may be sent back after the taps were given up
+        self._taps = taps
+        self._injection: Tensor | None = None
+        self._hidden = _Keep.apply(output.detach(), taps._scalar).grad_fn
+
+    def receive(self, gradient: Tensor) -> Tensor:
+        return self._taps.receive(self, gradient)
+
+    def inject(self, injection: Tensor, pending: "PendingInjections") -> None:
+        """The next backward pass through the graph adds `injection` to the gradient at h, once; it is overwritten."""
+        self._injection = injection
+        self._pending = pending
+        pending.count += 1
+
+    def take_hidden(self) -> Tensor:
+        if self._hidden is None:
+            raise RuntimeError(
+                "this graph was measured before: call regularizer.backward(log_probs) once for each forward pass, "
+                "before loss.backward()"
+            )
+        # once: checkpointing gives a tensor back a single time in each pass
+        (hidden,) = self._hidden.saved_tensors
+        self._hidden = None
+        return hidden
+
+    def pass_on(self, gradient: Tensor) -> Tensor:
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            # the engine frees what the graph has saved, node by node, and so do we
+            self._hidden = None
+        if self._injection is None:
+            return gradient
+        injection, self._injection = self._injection, None
+        self._pending.count -= 1
+        return injection.add_(gradient)
+
+
+@dataclass
+class PendingInjections:
+    """How many injections didn't meet a backward pass yet; those of a graph that was dropped never will."""
+
+    count: int = 0
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output: Tensor, scalar: Tensor, tapped: TappedOutput) -> Tensor:
+        ctx.tapped = tapped
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return ctx.tapped.receive(gradient), None, None
+
+
+class _Keep(torch.autograd.Function):
+    """A node that saves a tensor as autograd does, so that checkpointing drops and recomputes it, and that no graph
+    leads to, so that its holder can let go of the tensor at any time."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, scalar: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.new_empty(0)
+
+
+class _Hook:
+    """The forward hook of one module. A copied or pickled model has dead ones: its graphs are its own."""
+
+    def __init__(self, taps: Taps | None, name: str):
+        self._taps = (lambda: None) if taps is None else weakref.ref(taps)
+        self._name = name
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        taps = self._taps()
+        # what a compiled graph makes of a tap was settled when it was traced: there is none in it
+        if taps is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return output
+        return taps.tap(self._name, output)
+
+    def __reduce__(self):
+        return _Hook, (None, self._name)
+
+
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _version_counter(tensor: Tensor) -> Tensor:
+    """An empty tensor with the version counter of `tensor`: it counts writes into it without keeping its memory."""
+    counter = tensor.detach()
+    counter.data = tensor.new_empty(0)
+    return counter
