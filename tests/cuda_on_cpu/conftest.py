@@ -11,7 +11,7 @@ import pytest
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
-sys.path.insert(0, str(HERE.parent / "ops"))
+sys.path[:0] = [str(HERE.parent / "ops"), str(HERE.parent / "gpu")]
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,16 @@
 """The CUDA kernels themselves, run thread by thread on the CPU, against the reference."""
 
 import neuron_cases
+import penalty_grid
 import pytest
+import small_grid
 import torch
-from penalty_cases import Case, random_case
+from penalty_cases import Case
 
 from ssiuu_fast.ops import Blockwise8, neuron_attribution, neuron_penalty, penalty_
 
 pytestmark = pytest.mark.usefixtures("cuda_on_cpu")
+CPU = torch.device("cpu")
 SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -26,12 +29,23 @@ def compare(case, what):
         torch.testing.assert_close(kernel, reference, rtol=1e-6, atol=0, msg=what)
 
 
-@pytest.mark.parametrize("poison", [False, True])
-def test_random_penalties_equal_the_reference(poison):
-    for seed in range(150):
-        case = random_case(torch.Generator().manual_seed(seed), poison=poison)
-        if all(tensor.numel() < 50_000 for tensor in case.gradients):
-            compare(case, f"case {seed}")
+@pytest.mark.parametrize("number", range(len(penalty_grid.OPTIONS)))
+def test_the_grid_meant_for_a_gpu(number):
+    options = penalty_grid.OPTIONS[number]
+    for layout in (penalty_grid.ALIGNED, penalty_grid.ODD, penalty_grid.MIXED):
+        case = penalty_grid.case_of(penalty_grid.COMBINATIONS, options, number + layout)
+        penalty_grid.check(case, CPU, "cuda", layout, f"options {options}, layout {layout}")
+
+
+def test_random_calls():
+    for seed in range(60):
+        penalty_grid.check(penalty_grid.random_call(seed), CPU, "cuda", seed % 3, f"case {seed}")
+        poisoned = penalty_grid.random_call(seed, poison=True)
+        penalty_grid.check_poisoned(poisoned, CPU, "cuda", seed % 3, f"case {seed}")
+
+
+def test_what_a_memory_checker_watches_on_a_gpu():
+    small_grid.main("cpu", "cuda")
 
 
 def aligned_case(dtypes, sizes, seed=0, **options):
