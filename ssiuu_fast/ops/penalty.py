@@ -9,12 +9,9 @@ from torch import Tensor
 
 from ssiuu_fast.ops import backends, cuda
 from ssiuu_fast.ops.addresses import penalty_table
-from ssiuu_fast.ops.blockwise8 import LIMIT, Blockwise8, check_blockwise8, tensors_of
-from ssiuu_fast.ops.checks import check_contiguous, check_no_overlap, check_written
+from ssiuu_fast.ops.blockwise8 import LIMIT, Blockwise8, tensors_of
+from ssiuu_fast.ops.penalty_input import check_counts, check_tensors, check_weight
 
-_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-_DOUBLE = (torch.float64,)
-_DTYPES = _SINGLE + _DOUBLE
 _RESULT_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64)
 
 
@@ -121,12 +118,12 @@ def run_penalty_(
 ) -> PenaltyResult:
     """penalty_ outside of a traced graph."""
     outs = [None] * len(gradients) if out is None else out
-    _check(gradients, parameters, references, outs, update_references or first)
-    weight = _check_weight(weight, gradients)
+    check_tensors(gradients, parameters, references, outs, update_references or first)
+    weight = check_weight(weight, gradients)
     if not math.isfinite(gradient_scale):
         raise ValueError(f"gradient_scale must be finite, not {gradient_scale}")
     if nonfinite_counts is not None:
-        _check_counts(nonfinite_counts, gradients)
+        check_counts(nonfinite_counts, gradients)
     options = Options(weight, float(gradient_scale), bool(one_sided), bool(update_references or first), bool(first))
     if not gradients:
         return PenaltyResult(*(torch.zeros((), dtype=dtype) for dtype in _RESULT_DTYPES))
@@ -147,80 +144,6 @@ def run_penalty_(
     if len(sums) == 1:
         return sums[0]
     return PenaltyResult(*(sum(x.to(gradients[0].device) for x in field) for field in zip(*sums, strict=True)))
-
-
-def _check(gradients, parameters, references, outs, references_written):
-    """Refuse bad input; nothing has been written when this raises."""
-    lengths = {"parameters": len(parameters), "references": len(references), "out": len(outs)}
-    for name, length in lengths.items():
-        if length != len(gradients):
-            raise ValueError(f"{name} has {length} entries and gradients {len(gradients)}: pass one an index")
-    written, read = [], []
-    for i, (gradient, parameter, reference, out) in enumerate(
-        zip(gradients, parameters, references, outs, strict=True)
-    ):
-        check_contiguous(gradient, f"gradients[{i}]", _DTYPES)
-        tensors = [("parameters", parameter), ("references", reference)]
-        dtypes = _DOUBLE if gradient.dtype == torch.float64 else _SINGLE
-        check_contiguous(parameter, f"parameters[{i}]", dtypes)
-        _check_reference(reference, f"references[{i}]", dtypes)
-        if out is not None:
-            tensors.append(("out", out))
-            check_contiguous(out, f"out[{i}]", (gradient.dtype, torch.float32))
-        for name, tensor in tensors:
-            if tensor.shape != gradient.shape or tensor.device != gradient.device:
-                raise ValueError(
-                    f"{name}[{i}] is {tuple(tensor.shape)} on {tensor.device} and gradients[{i}]"
-                    f" {tuple(gradient.shape)} on {gradient.device}: shape and device must agree within an index"
-                )
-        target, name = (gradient, "gradients") if out is None else (out, "out")
-        check_written(target, f"{name}[{i}]")
-        written.append((name, i, target))
-        if out is not None:
-            read.append(("gradients", i, gradient))
-        read.append(("parameters", i, parameter))
-        for tensor in tensors_of(reference):
-            if references_written:
-                check_written(tensor, f"references[{i}]")
-            (written if references_written else read).append(("references", i, tensor))
-    check_no_overlap(written, read)
-
-
-def _check_reference(reference, label, dtypes):
-    if not isinstance(reference, Blockwise8):
-        check_contiguous(reference, label, dtypes)
-    elif dtypes == _DOUBLE:
-        raise TypeError(f"{label} is a Blockwise8 beside float64 gradients: pass a float64 reference")
-    else:
-        check_blockwise8(reference, label)
-
-
-def _check_weight(weight, gradients):
-    if not isinstance(weight, Tensor):
-        if not math.isfinite(weight):
-            raise ValueError(f"weight must be finite, not {weight}")
-        return float(weight)
-    if weight.numel() != 1 or weight.dtype != torch.float32:
-        raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a number or one float32 element"
-        )
-    for i, gradient in enumerate(gradients):
-        if gradient.device != weight.device:
-            raise ValueError(f"weight is on {weight.device} and gradients[{i}] on {gradient.device}: move it there")
-    weight = weight.detach().reshape(())
-    # on an accelerator looking would wait for it
-    if weight.device.type == "cpu" and not weight.isfinite():
-        raise ValueError(f"weight must be finite, not {weight.item()}")
-    return weight
-
-
-def _check_counts(counts, gradients):
-    device = gradients[0].device if gradients else torch.device("cpu")
-    if counts.dtype != torch.int64 or counts.shape != (len(gradients),) or counts.device != device:
-        raise ValueError(
-            f"nonfinite_counts is {counts.dtype} {tuple(counts.shape)} on {counts.device}:"
-            f" pass int64 ({len(gradients)},) on {device}"
-        )
 
 
 def _by_device(gradients):
