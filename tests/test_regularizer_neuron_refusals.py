@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from neurons import IDS, Residual, move, neurons
 from steps import gradients, step
-from test_regularizer_neuron_loops import IDS, Residual, move, neurons
 from tiny import batch, log_probs_of, tiny_llama
 from torch import nn
 

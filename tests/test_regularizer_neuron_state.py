@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from live_memory import LiveMemory
+from neurons import IDS, move, neurons
 from plain_neurons import PlainNeurons
 from steps import assert_close, gradients, step
-from test_regularizer_neuron_loops import IDS, move, neurons
 from tiny import batch, log_probs_of, tiny_llama
 
 from ssiuu_fast import SSIUURegularizer, answer_token_counts

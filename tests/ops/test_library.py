@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalty_
+from ssiuu_fast.ops import Blockwise8, neuron_attribution, neuron_penalty, penalty_
 
 OPERATORS = torch.ops.ssiuu_fast
 SINGLE = [torch.float32, torch.bfloat16, torch.float16]
@@ -184,11 +184,9 @@ def test_refusals_in_a_graph():
     with pytest.raises(Exception, match=r"gradients\[0\] requires grad"):
         compiled(step)([gradients[0].requires_grad_(), *gradients[1:]], parameters, references)
 
-    class Coded:
-        pass
-
-    with pytest.raises(Exception, match=r"references\[1\] is a Coded"):
-        compiled(step)(parameters, parameters, [references[0], Coded(), references[2]])
+    coded = [references[0], Blockwise8.encode(references[1]), references[2]]
+    with pytest.raises(Exception, match=r"references\[1\] is a Blockwise8"):
+        compiled(step)(lists()[0], lists()[1], coded)
     hidden, gradient, reference, mask = neurons()
     with pytest.raises(ValueError, match="weight must be finite"):
         compiled(neuron_penalty)(hidden, gradient, reference, weight=float("inf"), per_sample=True)

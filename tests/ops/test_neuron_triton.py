@@ -41,6 +41,7 @@ def compile_for(capability, kernel, pointers, constants, warps):
 
 def check(compiled, tmp_path):
     assert "fma.rn.f32" not in compiled.asm["ptx"], "a fused multiply-add rounds once where the formula rounds twice"
+    assert "ftz" not in compiled.asm["ptx"], "subnormals count"
     assert not re.search(r"\b(atom|red)\.", compiled.asm["ptx"])
     cubin = tmp_path / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
