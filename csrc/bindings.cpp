@@ -40,49 +40,22 @@ void run_penalty_traffic(const std::vector<std::int64_t>& table, int threads) {
     penalty_traffic(tensors, threads);
 }
 
-void run_neuron_attribution(std::int64_t hidden, std::int64_t gradient, std::int64_t mask, std::int64_t max,
-                            std::int64_t min, std::int64_t sum, std::int64_t batch, std::int64_t tokens,
-                            std::int64_t neurons, std::int64_t hidden_batch_stride, std::int64_t hidden_token_stride,
-                            std::int64_t gradient_batch_stride, std::int64_t gradient_token_stride, std::int64_t dtype,
+void run_neuron_attribution(const NeuronNumbers& numbers, std::int64_t max, std::int64_t min, std::int64_t sum,
                             int threads) {
-    const AttributionTensors tensors{pointer<void>(hidden),
-                                     pointer<void>(gradient),
-                                     pointer<std::uint8_t>(mask),
-                                     pointer<void>(max),
-                                     pointer<void>(min),
-                                     pointer<void>(sum),
-                                     tokens,
-                                     neurons,
-                                     hidden_batch_stride,
-                                     hidden_token_stride,
-                                     gradient_batch_stride,
-                                     gradient_token_stride,
-                                     Dtype(dtype)};
+    const AttributionTensors tensors{neuron_tensors(numbers), pointer<void>(max), pointer<void>(min),
+                                     pointer<void>(sum)};
     py::gil_scoped_release release;
-    neuron_attribution(tensors, batch, threads);
+    neuron_attribution(tensors, threads);
 }
 
-std::tuple<double, std::int64_t> run_neuron_penalty(
-    std::int64_t hidden, std::int64_t gradient, std::int64_t reference, std::int64_t mask, std::int64_t attribution,
-    std::int64_t batch, std::int64_t tokens, std::int64_t neurons, std::int64_t hidden_batch_stride,
-    std::int64_t hidden_token_stride, std::int64_t gradient_batch_stride, std::int64_t gradient_token_stride,
-    std::int64_t dtype, double weight, bool per_sample, bool one_sided, int threads) {
-    const NeuronPenaltyTensors tensors{pointer<void>(hidden),
-                                       pointer<void>(gradient),
-                                       pointer<void>(reference),
-                                       pointer<std::uint8_t>(mask),
-                                       pointer<void>(attribution),
-                                       tokens,
-                                       neurons,
-                                       hidden_batch_stride,
-                                       hidden_token_stride,
-                                       gradient_batch_stride,
-                                       gradient_token_stride,
-                                       Dtype(dtype)};
+std::tuple<double, std::int64_t> run_neuron_penalty(const NeuronNumbers& numbers, std::int64_t reference,
+                                                    std::int64_t attribution, double weight, bool per_sample,
+                                                    bool one_sided, int threads) {
+    const NeuronPenaltyTensors tensors{neuron_tensors(numbers), pointer<void>(reference), pointer<void>(attribution)};
     NeuronPenaltySums sums;
     {
         py::gil_scoped_release release;
-        sums = neuron_penalty(tensors, {weight, one_sided}, batch, per_sample, threads);
+        sums = neuron_penalty(tensors, {weight, one_sided}, per_sample, threads);
     }
     return {sums.penalty, sums.negative};
 }
@@ -126,13 +99,9 @@ PYBIND11_MODULE(_C, module) {
     module.def("penalty", run_penalty, arg("table"), arg("weight"), arg("gradient_scale"), arg("one_sided"),
                arg("update_references"), arg("first"), arg("nonfinite"), arg("threads"));
     module.def("penalty_traffic", run_penalty_traffic, arg("table"), arg("threads"));
-    module.def("neuron_attribution", run_neuron_attribution, arg("hidden"), arg("gradient"), arg("mask"), arg("max"),
-               arg("min"), arg("sum"), arg("batch"), arg("tokens"), arg("neurons"), arg("hidden_batch_stride"),
-               arg("hidden_token_stride"), arg("gradient_batch_stride"), arg("gradient_token_stride"), arg("dtype"),
+    module.def("neuron_attribution", run_neuron_attribution, arg("tensors"), arg("max"), arg("min"), arg("sum"),
                arg("threads"));
-    module.def("neuron_penalty", run_neuron_penalty, arg("hidden"), arg("gradient"), arg("reference"), arg("mask"),
-               arg("attribution"), arg("batch"), arg("tokens"), arg("neurons"), arg("hidden_batch_stride"),
-               arg("hidden_token_stride"), arg("gradient_batch_stride"), arg("gradient_token_stride"), arg("dtype"),
+    module.def("neuron_penalty", run_neuron_penalty, arg("tensors"), arg("reference"), arg("attribution"),
                arg("weight"), arg("per_sample"), arg("one_sided"), arg("threads"));
     module.def("chunks", chunks, arg("sizes"), "(tensor, begin, end) of every chunk a pass over these sizes is cut into.");
     module.def("cpu_units", cpu_units);

@@ -1,6 +1,7 @@
 // From the numbers of the flat interface to the structs of the kernels.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <vector>
@@ -28,6 +29,15 @@ inline std::vector<PenaltyTensor> penalty_tensors(const std::vector<std::int64_t
                            Dtype(add ? row[8] : row[5]), add, pointer<float>(row[9])});
     }
     return tensors;
+}
+
+// Addresses of hidden, gradient and mask (or 0); batch, tokens, neurons; batch and token strides of hidden, and of
+// gradient; dtype code.
+using NeuronNumbers = std::array<std::int64_t, 11>;
+
+inline NeuronTensors neuron_tensors(const NeuronNumbers& n) {
+    return {pointer<void>(n[0]), pointer<void>(n[1]), pointer<std::uint8_t>(n[2]), n[3], n[4], n[5], n[6], n[7], n[8],
+            n[9], Dtype(n[10])};
 }
 
 } // namespace ssiuu

@@ -7,35 +7,21 @@
 
 namespace ssiuu {
 
-// hidden and gradient [batch, tokens, neurons], strides in elements, the last one 1; mask [batch, tokens] or null.
-struct AttributionTensors {
-    const void* hidden;
-    const void* gradient;
-    const std::uint8_t* mask;
+// Results [batch, neurons].
+struct AttributionTensors : NeuronTensors {
     void* max;
     void* min;
     void* sum;
-    std::int64_t tokens, neurons;
-    std::int64_t hidden_batch_stride, hidden_token_stride;
-    std::int64_t gradient_batch_stride, gradient_token_stride;
-    Dtype type;
 };
 
 // Columns of the attribution are worked on in tiles of this many neurons.
 constexpr std::int64_t kAttributionTile = 512;
 
-// hidden and gradient as above; gradient becomes the injection. reference (or null: there is none yet) and attribution
-// are [batch, neurons], or [neurons] where a tile spans the whole batch.
-struct NeuronPenaltyTensors {
-    const void* hidden;
-    void* gradient;
+// reference (or null: there is none yet) and attribution are [batch, neurons], or [neurons] where a tile spans the whole
+// batch.
+struct NeuronPenaltyTensors : NeuronTensors {
     const void* reference;
-    const std::uint8_t* mask;
     void* attribution;
-    std::int64_t tokens, neurons;
-    std::int64_t hidden_batch_stride, hidden_token_stride;
-    std::int64_t gradient_batch_stride, gradient_token_stride;
-    Dtype type;
 };
 
 struct NeuronPenaltyOptions {

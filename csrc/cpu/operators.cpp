@@ -44,18 +44,19 @@ PenaltySums penalty(const std::vector<PenaltyTensor>& tensors, const PenaltyOpti
     return total;
 }
 
-void neuron_attribution(const AttributionTensors& tensors, std::int64_t batch, int threads) {
+void neuron_attribution(const AttributionTensors& tensors, int threads) {
     const CpuKernels& unit = unit_in_use();
     const std::int64_t tiles = (tensors.neurons + kAttributionTile - 1) / kAttributionTile;
-    const std::int64_t elements = batch * tensors.tokens * tensors.neurons;
-    parallel_for(batch * tiles, threads_for(elements, threads), [&](std::int64_t i) {
+    const std::int64_t elements = tensors.batch * tensors.tokens * tensors.neurons;
+    parallel_for(tensors.batch * tiles, threads_for(elements, threads), [&](std::int64_t i) {
         const std::int64_t begin = i % tiles * kAttributionTile;
         unit.attribution(tensors, i / tiles, begin, std::min(begin + kAttributionTile, tensors.neurons));
     });
 }
 
 NeuronPenaltySums neuron_penalty(const NeuronPenaltyTensors& tensors, const NeuronPenaltyOptions& options,
-                                 std::int64_t batch, bool per_sample, int threads) {
+                                 bool per_sample, int threads) {
+    const std::int64_t batch = tensors.batch;
     const CpuKernels& unit = unit_in_use();
     const std::int64_t tiles = (tensors.neurons + kNeuronTile - 1) / kNeuronTile;
     const std::int64_t items = (per_sample ? batch : 1) * tiles;

@@ -13,11 +13,11 @@ PenaltySums penalty(const std::vector<PenaltyTensor>& tensors, const PenaltyOpti
                     int threads);
 
 // max, min and sum over tokens of hidden · gradient.
-void neuron_attribution(const AttributionTensors& tensors, std::int64_t batch, int threads);
+void neuron_attribution(const AttributionTensors& tensors, int threads);
 
 // The penalty per sample and neuron, or per neuron over the whole batch; the injection is written over the gradient.
 NeuronPenaltySums neuron_penalty(const NeuronPenaltyTensors& tensors, const NeuronPenaltyOptions& options,
-                                 std::int64_t batch, bool per_sample, int threads);
+                                 bool per_sample, int threads);
 
 // The memory traffic of penalty without its arithmetic; all types of a tensor alike. For benchmarks only.
 void penalty_traffic(const std::vector<PenaltyTensor>& tensors, int threads);

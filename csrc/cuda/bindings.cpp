@@ -3,7 +3,6 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <tuple>
 #include <vector>
 
@@ -18,15 +17,6 @@ namespace {
 namespace py = pybind11;
 
 using Table = std::vector<std::int64_t>;
-// addresses of hidden, gradient and mask (or 0); batch, tokens, neurons; batch and token strides of hidden, and of
-// gradient; dtype code
-using NeuronNumbers = std::array<std::int64_t, 11>;
-
-NeuronTensors neuron_tensors(const NeuronNumbers& n) {
-    return {pointer<void>(n[0]), pointer<void>(n[1]), pointer<std::uint8_t>(n[2]), n[3], n[4], n[5], n[6], n[7], n[8],
-            n[9], Dtype(n[10])};
-}
-
 cudaStream_t stream_of(std::int64_t stream) { return pointer<std::remove_pointer_t<cudaStream_t>>(stream); }
 
 void run_penalty(const Table& table, double weight, std::int64_t weight_tensor, double gradient_scale, bool one_sided,

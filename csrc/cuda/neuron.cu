@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const std::int64_t sample = part % tensors.batch, split = part / tensors.batch;
     const std::int64_t first = split * splits.length;
     const std::int64_t last = first + splits.length < tensors.tokens ? first + splits.length : tensors.tokens;
-    void* gradient = const_cast<void*>(tensors.gradient);
+    void* gradient = tensors.gradient;
     if (Neighbours && begin + lane_index() * kPack >= tensors.neurons) return;
 
     float factors[kPack];

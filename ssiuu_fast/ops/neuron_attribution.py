@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ssiuu_fast.ops import backends, cuda
-from ssiuu_fast.ops.checks import DTYPE_CODES, check_dense
+from ssiuu_fast.ops.addresses import neuron_numbers
+from ssiuu_fast.ops.checks import check_dense
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -102,17 +103,8 @@ def _cuda(hidden, gradient, mask):
 def _cpp(hidden, gradient, mask):
     result = _empty_result(hidden)
     mask = mask_bytes(mask)
-    backends._C.neuron_attribution(
-        hidden.data_ptr(),
-        gradient.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
-        *(tensor.data_ptr() for tensor in result),
-        *hidden.shape,
-        *hidden.stride()[:2],
-        *gradient.stride()[:2],
-        DTYPE_CODES[hidden.dtype],
-        torch.get_num_threads(),
-    )
+    written = (tensor.data_ptr() for tensor in result)
+    backends._C.neuron_attribution(neuron_numbers(hidden, gradient, mask), *written, torch.get_num_threads())
     return result
 
 

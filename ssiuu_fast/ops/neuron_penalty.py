@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ssiuu_fast.ops import backends, cuda
-from ssiuu_fast.ops.checks import DTYPE_CODES, check_apart, check_contiguous, check_own_memory, check_written
+from ssiuu_fast.ops.addresses import address, neuron_numbers
+from ssiuu_fast.ops.checks import check_apart, check_contiguous, check_own_memory, check_written
 from ssiuu_fast.ops.neuron_attribution import check_pair, mask_bytes
 
 
@@ -136,15 +137,9 @@ def _cpp(hidden, gradient, reference, mask, weight, per_sample, one_sided):
     attribution = torch.empty(shape, dtype=dtype)
     mask = mask_bytes(mask)
     penalty, negative = backends._C.neuron_penalty(
-        hidden.data_ptr(),
-        gradient.data_ptr(),
-        0 if reference is None else reference.data_ptr(),
-        0 if mask is None else mask.data_ptr(),
+        neuron_numbers(hidden, gradient, mask),
+        address(reference),
         attribution.data_ptr(),
-        *hidden.shape,
-        *hidden.stride()[:2],
-        *gradient.stride()[:2],
-        DTYPE_CODES[hidden.dtype],
         float(weight),
         per_sample,
         one_sided,

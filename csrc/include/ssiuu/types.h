@@ -38,7 +38,7 @@ struct PenaltySums {
 // hidden and gradient [batch, tokens, neurons], strides in elements, the last one 1; mask [batch, tokens] or null.
 struct NeuronTensors {
     const void* hidden;
-    const void* gradient;
+    void* gradient; // neuron_penalty overwrites it
     const std::uint8_t* mask;
     std::int64_t batch, tokens, neurons;
     std::int64_t hidden_batch_stride, hidden_token_stride;
