@@ -28,6 +28,12 @@ __device__ __forceinline__ std::uint32_t float_to_bits(float value, Dtype type) 
                                    : __half_as_ushort(__float2half_rn(value));
 }
 
+// two numbers of 16 bits, the first in the lower half
+template <class Pair> __device__ __forceinline__ std::uint32_t word_of(const Pair& pair) {
+    static_assert(sizeof(Pair) == sizeof(std::uint32_t));
+    return reinterpret_cast<const std::uint32_t&>(pair);
+}
+
 __device__ __forceinline__ float load_float(const void* buffer, Dtype type, std::int64_t at) {
     if (type == Dtype::float32) return static_cast<const float*>(buffer)[at];
     return bits_to_float(static_cast<const std::uint16_t*>(buffer)[at], type);
@@ -72,10 +78,13 @@ template <bool Neighbours> struct Pack {
         if (!Neighbours || type == Dtype::float32) {
 #pragma unroll
             for (int i = 0; i < kPack; ++i) pack.word[i] = float_to_bits(values[i], type);
-        } else {
+        } else if (type == Dtype::bfloat16) {
 #pragma unroll
             for (int i = 0; i < kPack; i += 2)
-                pack.word[i / 2] = float_to_bits(values[i], type) | float_to_bits(values[i + 1], type) << 16;
+                pack.word[i / 2] = word_of(__floats2bfloat162_rn(values[i], values[i + 1]));
+        } else {
+#pragma unroll
+            for (int i = 0; i < kPack; i += 2) pack.word[i / 2] = word_of(__floats2half2_rn(values[i], values[i + 1]));
         }
         return pack;
     }

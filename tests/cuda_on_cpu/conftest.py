@@ -23,6 +23,8 @@ def emulated(tmp_path_factory):
     includes = [HERE / "include", CSRC, CSRC / "include", CSRC / "cuda", pybind11.get_include()]
     includes.append(sysconfig.get_path("include"))
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-w"]
+    # words are read as two halves, as on the device
+    flags.append("-fno-strict-aliasing")
     command = ["g++", *flags, *(f"-I{folder}" for folder in includes), "-x", "c++", str(HERE / "emulated.cpp")]
     done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

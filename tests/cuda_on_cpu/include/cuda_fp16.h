@@ -17,3 +17,7 @@ inline unsigned short __half_as_ushort(__half value) {
 
 inline float __half2float(__half value) { return float(value); }
 inline __half __float2half_rn(float value) { return __half(value); }
+
+struct alignas(4) __half2 { __half x, y; };
+
+inline __half2 __floats2half2_rn(float x, float y) { return {__half(x), __half(y)}; }
