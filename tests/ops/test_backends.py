@@ -122,3 +122,15 @@ def test_an_unknown_instruction_set_is_refused():
     with pytest.raises(ValueError, match="sse9"):
         _C.use_cpu_unit("sse9")
     assert _C.cpu_units()[0] == "baseline"
+
+
+def test_this_build_loads_and_answers_without_a_driver():
+    from ssiuu_fast import _C
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    devices, error = _C.cuda_devices()
+    assert devices == [] and error
+    row = cuda_row()
+    assert not row.usable and _C.CUDA_BUILD in row.reason
+    assert ("no device" in row.reason) == _C.CUDA_BUILT
