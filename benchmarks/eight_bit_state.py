@@ -192,9 +192,6 @@ def main():
     torch.set_num_threads(1)
     print(f"{hardware()}, 1 thread; {', '.join(f'{name} {version}' for name, version in versions().items())}")
     task = people_task()
-    taught = (args.work or Path(tempfile.mkdtemp())) / "taught"
-    if not taught.exists():
-        print(memorise(task, PEOPLE, taught, progress=False))
     whole = len(task.split.forget)
     steps = -(-whole // PEOPLE.batch_size)
     kinds = {
@@ -206,27 +203,18 @@ def main():
     if args.json and args.json.exists():
         rows = [StateRow(**row) for row in json.loads(args.json.read_text())]
     done = {(row.batches, row.state, row.seed) for row in rows}
-    for batches, (recipe, scored_every) in kinds.items():
-        for seed in range(args.seeds):
-            for state in STATES:
-                if (batches, state, seed) in done:
-                    continue
-                rows.append(run(task, recipe, taught, batches, state, seed, scored_every))
-                summary = asdict(rows[-1])
-                brief = (
-                    "batches",
-                    "state",
-                    "seed",
-                    "stopped_by",
-                    "steps",
-                    "penalty_share",
-                    "warned",
-                    "attacks",
-                    "seconds",
-                )
-                print({name: summary[name] for name in brief}, flush=True)
-                if args.json:
-                    write_rows(args.json, rows)
+    to_do = [key for key in itertools.product(kinds, STATES, range(args.seeds)) if key not in done]
+    taught = (args.work or Path(tempfile.mkdtemp())) / "taught"
+    if to_do and not taught.exists():
+        print(memorise(task, PEOPLE, taught, progress=False))
+    for batches, state, seed in to_do:
+        recipe, scored_every = kinds[batches]
+        rows.append(run(task, recipe, taught, batches, state, seed, scored_every))
+        summary = asdict(rows[-1])
+        brief = ("batches", "state", "seed", "stopped_by", "steps", "penalty_share", "warned", "attacks")
+        print({name: summary[name] for name in brief}, flush=True)
+        if args.json:
+            write_rows(args.json, rows)
     table(rows)
 
 
