@@ -118,6 +118,22 @@ def test_a_difference_beyond_the_range_adds_nothing(backend):
 
 
 @EACH_BACKEND
+def test_an_infinite_factor_stays_away_from_tokens_left_out(backend):
+    hidden = torch.full((1, 2, 1), -50.0)
+    # A = d = −50, and 2 · weight · d is beyond the range
+    result = neuron_penalty(
+        hidden,
+        torch.ones(1, 2, 1),
+        torch.zeros(1),
+        torch.tensor([[1, 0]]),
+        weight=1e38,
+        per_sample=False,
+        backend=backend,
+    )
+    assert result.injection.flatten().tolist() == [-torch.inf, 0] and result.penalty == 2500
+
+
+@EACH_BACKEND
 @pytest.mark.parametrize("per_sample", [True, False])
 def test_agrees_with_neuron_attribution(backend, per_sample):
     hidden, gradient = torch.randn(2, 2, 40, 70, generator=torch.Generator().manual_seed(0))
