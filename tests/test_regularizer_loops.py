@@ -264,6 +264,8 @@ def test_ddp_in_one_process_is_the_plain_model(tmp_path):
         expected, _ = two_steps(model, SSIUURegularizer(model, weight=WEIGHT))
         ours, _ = two_steps(wrapped, SSIUURegularizer(wrapped, weight=WEIGHT))
         assert_close({name.removeprefix("module."): g for name, g in ours.items()}, expected)
+        # its reducer must not be the last owner of the process group: that would join a thread that waits for the GIL
+        del wrapped
     finally:
         torch.distributed.destroy_process_group()
 
