@@ -15,7 +15,7 @@ from ssiuu_fast.attribution_batch import POSITIONS, TARGETS, AttributionBatch, n
 from ssiuu_fast.attribution_means import REPLICATES, ROLES, SEED, StreamingMeans
 from ssiuu_fast.attribution_taps import AttributionTaps, overwriting_explained
 from ssiuu_fast.ops import neuron_attribution
-from ssiuu_fast.sites import KINDS, Place, Site, find_sites
+from ssiuu_fast.sites import KINDS, Place, Runs, Site, column_runs, find_sites
 
 __all__ = ["KINDS", "POSITIONS", "TARGETS", "Attribution", "Replicates", "Site", "attribute"]
 
@@ -43,7 +43,8 @@ class Attribution:
 
     max, positive_max, min: for each site [N] on the CPU, float32 (float64 for float64 models). samples: how many.
     settings: all that defines the numbers, as JSON knows it: model, data (sha256 of token ids and labels, in order),
-    target, positions, dtype, modules (text of the site → module path), underflows (samples whose T was 0), notes,
+    target, positions, dtype, modules (text of the site → module path), columns (of
+    sites in fused modules: `Runs`), underflows (samples whose T was 0), notes,
     replicates (count and seed).
     """
 
@@ -53,6 +54,11 @@ class Attribution:
     samples: int
     settings: dict
     replicates: Replicates | None
+
+    def address(self, site: Site, neuron: int) -> tuple[str, int]:
+        """(path of the module that holds a neuron of a site, its index among all of the module's outputs)."""
+        runs = self.settings["columns"].get(site.text)
+        return self.settings["modules"][site.text], neuron if runs is None else Runs(*runs).column(neuron)
 
     def save(self, path) -> None:
         """Writes one safetensors file: tensors "max.layers.3.Q", …, and the settings as JSON in its metadata."""
@@ -225,6 +231,11 @@ class _Reading:
             "positions": self._positions,
             "dtype": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in self._dtypes)),
             "modules": {site.text: place.path for site, place in self._places.items()},
+            "columns": {
+                site.text: list(runs)
+                for site, place in self._places.items()
+                if (runs := column_runs(place.columns)) is not None
+            },
             "underflows": self._underflows,
             "replicates": {"count": REPLICATES, "seed": SEED},
             "notes": _notes(self._model),

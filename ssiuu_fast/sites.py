@@ -45,6 +45,30 @@ class Place(NamedTuple):
 Columns = dict[str, slice | Tensor]
 
 
+class Runs(NamedTuple):
+    """Columns of a fused module in three numbers that go into a file: runs of `length`, `stride` apart."""
+
+    start: int
+    length: int
+    stride: int
+
+    def column(self, neuron: int) -> int:
+        run, offset = divmod(neuron, self.length)
+        return self.start + run * self.stride + offset
+
+
+def column_runs(columns: slice | Tensor) -> Runs | None:
+    """None where a site is its whole module, whose neuron i is column i."""
+    if isinstance(columns, slice):
+        return None if columns == slice(None) else Runs(columns.start, columns.stop - columns.start, 0)
+    places = columns.tolist()
+    ends = [place for place in range(1, len(places)) if places[place] != places[place - 1] + 1]
+    length = ends[0] if ends else len(places)
+    runs = Runs(places[0], length, places[length] - places[0] if ends else 0)
+    assert [runs.column(neuron) for neuron in range(len(places))] == places
+    return runs
+
+
 def _qkv_one_after_the_other(module: nn.Module, config) -> Columns:
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     queries = config.num_attention_heads * head
