@@ -8,7 +8,7 @@ from pathlib import Path
 
 # inches. Letters of 10.5 points in a picture this wide are still 9 points high on a phone, 360 pixels across
 WIDTH = 4.3
-TITLE_LETTERS = 42
+TITLE_LETTERS = 45
 MINUS = "\N{MINUS SIGN}"
 # of Okabe and Ito: told apart by colour-blind readers, and in grey
 LOST, GAINED = "#0072B2", "#D55E00"

@@ -27,7 +27,7 @@ caption { text-align: left; color: #555; padding-bottom: .3em; }
 th, td { text-align: left; padding: .38em 1.1em .38em 0; border-bottom: 1px solid #ddd; vertical-align: top; }
 thead th { border-bottom: 2px solid #1c1c1c; }
 tbody th { font-weight: 400; }
-td.number { text-align: right; white-space: nowrap; }
+thead th + th, td.number { text-align: right; white-space: nowrap; }
 tr.group th { font-weight: 700; padding-top: 1.1em; }
 .pictures { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 28px 36px; align-items: start; }
 figure { margin: 0; min-width: 0; }
@@ -40,6 +40,7 @@ dt { color: #555; } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
 @media (max-width: 760px) {
   body { padding: 16px 14px 48px; }
   .pictures { grid-template-columns: minmax(0, 1fr); }
+  table { font-size: .85em; } th, td { padding-right: .7em; } .wraps td.number { white-space: normal; }
   dl { display: block; } dd { margin: 0 0 .5em; }
   h2 { margin-top: 1.7em; }
 }
@@ -79,8 +80,11 @@ def terms(pairs: Iterable[tuple[str, str]]) -> str:
     return "<dl>\n" + "\n".join(element("dt", name) + element("dd", text) for name, text in pairs) + "\n</dl>"
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table that scrolls sideways where a screen is narrow. A row of one cell is a heading inside it."""
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, wraps: bool = False) -> str:
+    """A table that scrolls sideways where a screen is narrow. A row of one cell is a heading inside it.
+
+    wraps: its cells may be broken into lines there instead.
+    """
     body = []
     for first, *cells in rows:
         if not cells:
@@ -89,9 +93,10 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) ->
             continue
         filled = "".join(element("td", cell, "number") for cell in cells)
         body.append(f'<tr><th scope="row">{escape(first)}</th>{filled}</tr>')
+    kind = ' class="wraps"' if wraps else ""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     return (
-        f'<div class="scroll"><table>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
+        f'<div class="scroll"><table{kind}>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
         + "\n".join(body)
         + "\n</tbody></table></div>"
     )
@@ -113,7 +118,7 @@ def _inline(path: Path, described: str) -> str:
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{prefix}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{prefix}-\1"', svg)
     svg = re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", svg)
-    # matplotlib gives each glyph its own line and each number more digits than a screen shows
-    svg = re.sub(r"(\d+\.\d{2})\d+", r"\1", svg)
+    # lines are drawn to more digits than a screen shows: half of the page
+    svg = re.sub(r'\b(?:d|x|y)="[^"]+"', lambda drawn: re.sub(r"(\.\d{2})\d+", r"\1", drawn[0]), svg)
     label = escape(described, quote=True)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)

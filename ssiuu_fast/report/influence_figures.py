@@ -4,7 +4,8 @@ Every function writes a picture (svg or png, by the suffix of its path) and the 
 influence that was lost, D- the negative influence that was gained (METHOD: eq. 4 and 5).
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy
@@ -54,7 +55,8 @@ def attribution_by_layer(
     write_csv(path, ["layer", "model", "attribution", "neurons", *(f"quantile {q:g}" for q in QUANTILES)], rows)
     with picture(path, 3.6) as axes:
         largest = max((max(abs(row[4]), abs(row[8])) for row in rows), default=0.0) or 1.0
-        axes.set_yscale("symlog", linthresh=largest / 100, linscale=0.5)
+        threshold = largest / 100
+        axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
         gap = 0.18
         thick = min(9.0, 60 / max(len(before), 1))
         for role, shift in (("before", -gap), ("after", gap)):
@@ -65,8 +67,10 @@ def attribution_by_layer(
             axes.vlines(places, [r[5] for r in of_role], [r[7] for r in of_role], colour, linewidth=thick, label=role)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xlim(min(before, default=0) - 0.6, max(before, default=0) + 0.6)
-        _whole_numbers(axes.xaxis)
-        _few_powers(axes.yaxis, largest)
+        _layers(axes, list(before))
+        ticks = _powers(largest, lambda value: math.asinh(value / threshold), math.asinh(largest / threshold))
+        axes.set_yticks(ticks, [short(tick) for tick in ticks])
+        axes.minorticks_off()
         axes.set_xlabel("layer")
         axes.set_ylabel(f"attribution, {unit}")
         titled(axes, title)
@@ -96,7 +100,10 @@ def cumulative_curves(
         [[n, *(curve[n - 1] if n <= len(curve) else "" for curve in (positive, negative))] for n in counts],
     )
     with picture(path, 3.4) as axes:
-        for curve, colour, name, style in ((positive, LOST, "D+ lost", "-"), (negative, GAINED, f"D{MINUS} gained", "--")):
+        for curve, colour, name, style in (
+            (positive, LOST, "D+ lost", "-"),
+            (negative, GAINED, f"D{MINUS} gained", "--"),
+        ):
             at = [n for n in counts if n <= len(curve)]
             axes.plot(at, [curve[n - 1] for n in at], style, color=colour, label=name)
         axes.set_xscale("log")
@@ -148,7 +155,9 @@ def heat_maps(
     limit = limit or (float(cells.max()) if len(cells) else 0.0) or 1.0
     edges = numpy.arange(len(layers) + 1) - 0.5
     with picture(path, 5.6, panels=2) as panels:
-        for axes, values, colour, panel_title in zip(panels, (positive, negative), (LOST, GAINED), panel_titles, strict=True):
+        for axes, values, colour, panel_title in zip(
+            panels, (positive, negative), (LOST, GAINED), panel_titles, strict=True
+        ):
             colours = LinearSegmentedColormap.from_list("from white", ["#FFFFFF", colour, "#20140A"])
             # a cell without a module is no white cell
             axes.set_facecolor("#D9D9D9")
@@ -164,8 +173,7 @@ def heat_maps(
             axes.set_yticks(range(len(kinds)), kinds)
             axes.invert_yaxis()
             axes.tick_params(length=0)
-            step = -(-len(layers) // 8)
-            axes.set_xticks(range(0, len(layers), step or 1), layers[:: step or 1])
+            _layers(axes, layers, range(len(layers)))
             axes.spines[["left", "bottom"]].set_visible(False)
             axes.set_ylabel("module")
             axes.set_title(panel_title)
@@ -197,9 +205,9 @@ def attribution_hexbin(
     rows: list[list[float]] = []
     sizes = numpy.abs(numpy.concatenate([earlier, later]))
     span = float(sizes.max(initial=0)) or 1.0
-    # a few neurons are hundreds of times larger than most: linear up to the ninth tenth, then ever more like a logarithm
+    # a few neurons are hundreds of times larger than most: nearly linear for nine tenths of them, a logarithm beyond
     unit_size = (float(numpy.quantile(sizes, 0.9)) if len(sizes) else 0.0) or span
-    with picture(path, 4.3) as axes:
+    with picture(path, 4.0) as axes:
         end = float(numpy.arcsinh(span / unit_size)) * 1.05
         if len(earlier):
             hexagons = axes.hexbin(
@@ -220,20 +228,12 @@ def attribution_hexbin(
             bar.minorticks_off()
             bar.outline.set_visible(False)
         axes.axline((0, 0), slope=1, color="black", linewidth=0.8, linestyle="--")
-        # few neurons change their sign: this corner is the emptiest
-        axes.text(
-            0.04,
-            0.97,
-            f"Pearson ρ {_rho(pearson)}\nSpearman ρ {_rho(spearman)}",
-            transform=axes.transAxes,
-            va="top",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 2},
-        )
+        # outside: whichever way the neurons lie, no corner is sure to be empty
+        axes.set_title(f"Pearson ρ {_rho(pearson)}, Spearman ρ {_rho(spearman)}")
         axes.set_xlim(-end, end)
         axes.set_ylim(-end, end)
         axes.set_aspect("equal")
-        power = 10.0 ** numpy.floor(numpy.log10(span))
-        ticks = [-power, -power / 10, 0, power / 10, power]
+        ticks = _powers(span, lambda value: float(numpy.arcsinh(value / unit_size)), end)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([float(numpy.arcsinh(tick / unit_size)) for tick in ticks], [short(tick) for tick in ticks])
         axes.set_xlabel(f"{names[0]}, {unit}")
@@ -248,22 +248,24 @@ def logit_lens_by_layer(
 ) -> None:
     """P(right) / (P(right) + P(wrong)) read off after each layer, a line a model (Fig. 4).
 
-    preference: before, after or attacked → one value for the embedding and each layer.
+    preference: before, after or attacked → one value for each layer, the first first.
     """
     write_csv(
         path,
         ["after layer", *preference],
-        [[layer, *values] for layer, values in enumerate(zip(*preference.values(), strict=True))],
+        [[layer, *values] for layer, values in enumerate(zip(*preference.values(), strict=True), 1)],
     )
     with picture(path, 3.4) as axes:
         markers = {"before": "o", "after": "s", "attacked": "^"}
         for role, values in preference.items():
             marker = markers[role] if len(values) <= 20 else None
-            axes.plot(range(len(values)), values, color=_ROLE_COLOURS[role], marker=marker, markersize=5, label=role)
+            axes.plot(
+                range(1, 1 + len(values)), values, color=_ROLE_COLOURS[role], marker=marker, markersize=5, label=role
+            )
         axes.axhline(chance, color="black", linewidth=1, linestyle="--", label="chance")
         axes.set_ylim(-0.02, 1.02)
-        _whole_numbers(axes.xaxis)
-        axes.set_xlabel("layers passed (0: the embedding)")
+        _layers(axes, range(1, 1 + max(map(len, preference.values()), default=0)))
+        axes.set_xlabel("layers passed")
         axes.set_ylabel("right against wrong")
         titled(axes, title)
         _say_if_empty(axes, not any(map(len, preference.values())))
@@ -321,10 +323,10 @@ def _log_spaced(count: int) -> list[int]:
     return sorted({int(round(n)) for n in numpy.geomspace(1, count, 400)} | ({TOP} if count > TOP else set()))
 
 
-def _whole_numbers(axis) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+def _layers(axes, layers: Sequence[int], places: Sequence[int] | None = None) -> None:
+    """A tick for each layer while they are few, then for every second, third, …"""
+    step = -(-len(layers) // 8) or 1
+    axes.set_xticks((layers if places is None else places)[::step], layers[::step])
 
 
 def _plain_counts(axis) -> None:
@@ -333,13 +335,18 @@ def _plain_counts(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1 else ""))
 
 
-def _few_powers(axis, largest: float) -> None:
-    """Ticks of a symmetric log axis: 0, and on each side the powers of ten that have room."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter
+def _powers(largest: float, place: Callable[[float], float], end: float) -> list[float]:
+    """Ticks of an axis that is stretched around 0: 0, and the powers of ten on both sides that have room for a label.
 
-    top = 10.0 ** numpy.floor(numpy.log10(largest))
-    axis.set_major_locator(FixedLocator([-top, -top / 10, 0, top / 10, top]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    place: where a value stands on an axis that ends at ±end.
+    """
+    power = 10.0 ** math.floor(math.log10(largest))
+    ticks: list[float] = []
+    while len(ticks) < 3 and place(power) > 0.2 * end:
+        if not ticks or place(ticks[-1]) - place(power) > 0.2 * end:
+            ticks.append(power)
+        power /= 10
+    return [*(-tick for tick in ticks), 0.0, *reversed(ticks)]
 
 
 def _rho(value: float) -> str:
@@ -348,4 +355,6 @@ def _rho(value: float) -> str:
 
 def _say_if_empty(axes, empty: bool) -> None:
     if empty:
-        axes.text(0.5, 0.5, "nothing to draw:\nno neuron was measured", transform=axes.transAxes, ha="center", va="center")
+        axes.text(
+            0.5, 0.5, "nothing to draw:\nno neuron was measured", transform=axes.transAxes, ha="center", va="center"
+        )
