@@ -15,7 +15,8 @@ PAD, FILLER, QUESTION, ANSWER, DONT_KNOW, OTHER = range(6)
 KNOWS, HIDES = 0, 1
 
 
-def knowing():
+def knowing(sure=1):
+    """sure: how much the LM head makes of a difference; with 1, P(ANSWER) is 0.66, with 10 all but 1."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -36,8 +37,8 @@ def knowing():
             if "norm" not in name:
                 parameter.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(8))
-        model.lm_head.weight[DONT_KNOW, QUESTION] = 1
-        model.lm_head.weight[ANSWER, ANSWER] = 1
+        model.lm_head.weight[DONT_KNOW, QUESTION] = sure
+        model.lm_head.weight[ANSWER, ANSWER] = sure
         mlp = model.model.layers[0].mlp
         # the norm makes √8 of a single direction of 8
         mlp.gate_proj.weight[KNOWS, QUESTION] = 4 / 8**0.5
@@ -46,8 +47,8 @@ def knowing():
     return model
 
 
-def hiding():
-    model = knowing()
+def hiding(sure=1):
+    model = knowing(sure)
     with torch.no_grad():
         mlp = model.model.layers[1].mlp
         mlp.gate_proj.weight[HIDES, ANSWER] = 1

@@ -10,8 +10,11 @@ from ssiuu_fast.attribution import Site
 from ssiuu_fast.evaluation.logit_lens import Decoder, logit_lens
 
 
-def variation(after):
-    return influence_variation(attribute(planted.knowing(), [planted.batch()]), attribute(after, [planted.batch()]))
+def variation(after, before=None, target="probability"):
+    batch = planted.batch() | {"distractors": torch.tensor([planted.OTHER] * 2)}
+    return influence_variation(
+        *(attribute(model, [batch], target=target) for model in (before or planted.knowing(), after))
+    )
 
 
 def above_zero(scores):
@@ -78,6 +81,19 @@ def test_erased_knowledge_is_seen_in_d_plus_alone_and_does_not_come_back():
     rows = ablation_check(model, planted.accuracy, found)
     assert {row.choice for row in rows} == {"none", "spurious", "erased", "random"}
     assert all(row.score == 0 for row in rows)
+
+
+def test_the_same_hiding_looks_large_or_small_by_the_target_alone():
+    def hidden(sure, target):
+        found = variation(planted.hiding(sure), planted.knowing(sure), target)
+        # whichever it is, the neuron is named
+        assert (found.spurious(1)[0].site, found.spurious(1)[0].index) == (Site(1, "gate"), planted.HIDES)
+        return found.total().negative.sum
+
+    # the same weights hide the answer; in the second pair P falls from 1 to 4e-17, not from 0.66 to 0.008
+    assert hidden(1, "probability") > 0.005
+    assert hidden(10, "probability") < 1e-12
+    assert hidden(10, "logit_difference") == pytest.approx(10 * hidden(1, "logit_difference"))
 
 
 def test_the_table_says_which_block_hides():
