@@ -22,6 +22,17 @@ _DEFINING = {
     "target": "of different targets",
     "positions": "over different positions",
 }
+# A of P is P times A of log P, and A of log P of a sure answer is near 0: the target alone can decide what is seen
+_OF_PROBABILITY = (
+    "attributions are proportional to it. Where it fell to near 0, all that there was counts as lost (D+) and hardly "
+    "anything as hidden (D-), wherever the knowledge is"
+)
+_TARGET_NOTES = {
+    "probability": _OF_PROBABILITY,
+    "mean_token_probability": _OF_PROBABILITY,
+    "log_probability": "attributions of an answer that is sure are near 0. Where its probability fell from near 1, hardly "
+    "anything counts as lost (D+) and most as hidden (D-), wherever the knowledge is",
+}
 
 
 def influence_variation(before: Attribution, after: Attribution) -> "InfluenceVariation":
@@ -260,6 +271,9 @@ def _check_belonging(before: Attribution, after: Attribution) -> None:
 
 def _notes(before: Attribution, after: Attribution) -> tuple[str, ...]:
     notes = list(dict.fromkeys([*before.settings["notes"], *after.settings["notes"]]))
+    target = before.settings["target"]
+    if target in _TARGET_NOTES:
+        notes.append(f"target {target}: {_TARGET_NOTES[target]}")
     had, has = before.settings["dtype"], after.settings["dtype"]
     if had != has:
         notes.append(f"the model was in {had} before and in {has} after: part of D+ and D- is rounding")

@@ -238,9 +238,18 @@ def test_means_that_are_not_numbers_are_refused():
 
 def test_notes_are_carried_over_and_another_dtype_is_one():
     numbers = {DOWN: [1.0]}, {DOWN: [0.0]}
-    before = attribution(*numbers, notes=["q/k norm"])
-    assert influence_variation(before, attribution(*numbers, notes=["q/k norm", "cut"])).notes == ("q/k norm", "cut")
-    variation = influence_variation(before, attribution(*numbers, dtype="bfloat16"))
-    assert variation.notes[0] == "q/k norm"
-    assert "float32 before and in bfloat16 after" in variation.notes[1]
+    before = attribution(*numbers, target="logit_difference", notes=["q/k norm"])
+    after = attribution(*numbers, target="logit_difference", notes=["q/k norm", "cut"])
+    assert influence_variation(before, after).notes == ("q/k norm", "cut")
+    after.settings["dtype"] = "bfloat16"
+    variation = influence_variation(before, after)
+    assert variation.notes[:2] == ("q/k norm", "cut")
+    assert "float32 before and in bfloat16 after" in variation.notes[2]
     assert json.loads(json.dumps(variation.settings))["after"]["dtype"] == "bfloat16"
+
+
+def test_what_a_target_cannot_show_is_a_note():
+    for target in ("probability", "mean_token_probability", "log_probability"):
+        numbers = attribution({DOWN: [1.0]}, {DOWN: [0.0]}, target=target)
+        (note,) = influence_variation(numbers, numbers).notes
+        assert note.startswith(f"target {target}:")
