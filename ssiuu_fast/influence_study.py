@@ -126,11 +126,11 @@ def study(
         target: {(a, b): correlation(attributions[a][target], attributions[b][target]) for a, b in pairs}
         for target in variations
     }
-    told_apart = variations[LOGIT_DIFFERENCE].samples if LOGIT_DIFFERENCE in variations else 0
-    if told_apart < len(rows):
+    alike = len(rows) - (variations[LOGIT_DIFFERENCE].samples if LOGIT_DIFFERENCE in variations else 0)
+    if alike:
         notes.append(
-            f"right and wrong answer begin with the same token in {len(rows) - told_apart} of {len(rows)} rows: these are "
-            "left out of the logit difference and of the logit lens"
+            f"right and wrong answer begin with the same token in {alike} of {len(rows)} rows: left out of the "
+            "logit difference and of the logit lens"
         )
     for variation in variations.values():
         notes += [note for note in variation.notes if note not in notes]

@@ -96,9 +96,8 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *,
     kind = ' class="wraps"' if wraps else ""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
     return (
-        f'<div class="scroll"><table{kind}>\n<caption>{escape(caption)}</caption>\n<thead><tr>{head}</tr></thead>\n<tbody>\n'
-        + "\n".join(body)
-        + "\n</tbody></table></div>"
+        f'<div class="scroll"><table{kind}>\n<caption>{escape(caption)}</caption>\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table></div>"
     )
 
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssiuu_fast.influence import TOP, Amount
-from ssiuu_fast.influence_study import AFTER, ATTACKED, BEFORE, LOG_PROBABILITY, LOGIT_DIFFERENCE, PROBABILITY, Study
+from ssiuu_fast.influence_study import AFTER, LOG_PROBABILITY, LOGIT_DIFFERENCE, PROBABILITY, Study
 from ssiuu_fast.report import html
 from ssiuu_fast.report.drawing import MINUS, short
 from ssiuu_fast.report.influence_pictures import UNITS, Picture, draw_all
+from ssiuu_fast.report.text import table as text_table
 from ssiuu_fast.report.verdict import RULES, TARGET_NAMES, best_recovery, half_of, read_target, support, verdict
 from ssiuu_fast.runs import environment
 
@@ -22,7 +23,7 @@ _SAID_OF = {
 def write_page(studies: Sequence[Study], folder: Path, title: str) -> Path:
     """Writes page.html, and under pictures/ each picture with its numbers; returns the page's path."""
     pictures_folder = folder / "pictures"
-    pictures_folder.mkdir()
+    pictures_folder.mkdir(exist_ok=True)
     pictures = draw_all(studies, pictures_folder)
     path = folder / "page.html"
     path.write_text(html.page(title, _parts(studies, pictures, title)), encoding="utf-8")
@@ -45,6 +46,17 @@ def verdict_table(studies: Sequence[Study]) -> tuple[list[str], list[list[str]]]
     return ["", *(study.name for study in studies)], rows
 
 
+def study_text(studies: Sequence[Study]) -> str:
+    """The verdict table and the reasons, as plain text."""
+    header, rows = verdict_table(studies)
+    lines = [text_table(header, [row + [""] * (len(header) - len(row)) for row in rows]), ""]
+    for study in studies:
+        found = verdict(study)
+        lines += [f"{study.name}: {found.word}", *(f"- {reason}" for reason in found.reasons)]
+        lines += [f"note: {note}" for note in study.notes]
+    return "\n".join(lines)
+
+
 def _target_rows(studies: Sequence[Study], target: str) -> dict[str, list[str]]:
     rows: dict[str, list[str]] = {}
     for number, study in enumerate(studies):
@@ -59,7 +71,7 @@ def _target_cells(study: Study, target: str) -> dict[str, str]:
     total, top, qk = variation.total(), variation.top(), variation.share_in_qk()
     minus = f"D{MINUS}"
     cells = {
-        "says": read_target(total, support(study, target)),
+        "reading": read_target(total, support(study, target)),
         "D+, support lost: sum": short(total.positive.sum),
         f"D+: sum of the top {TOP}": short(top.positive),
         "D+: unclamped sum, 95 % interval": _interval(total.positive),
@@ -70,13 +82,8 @@ def _target_cells(study: Study, target: str) -> dict[str, str]:
         f"share of {minus} in Q and K": _share(qk.negative),
         f"neurons with half of all {minus}": f"{half_of(variation.curves().negative)} of {variation.neurons:,}",
     }
-    names = {
-        (BEFORE, AFTER): "before, after",
-        (AFTER, ATTACKED): "after, attacked",
-        (BEFORE, ATTACKED): "before, attacked",
-    }
-    for pair, found in study.correlations[target].items():
-        cells[f"Pearson (Spearman) ρ: {names[pair]}"] = f"{short(found.pearson)} ({short(found.spearman)})"
+    for (one, other), found in study.correlations[target].items():
+        cells[f"Pearson, Spearman ρ: {one}, {other}"] = f"{found.pearson:.2f}, {found.spearman:.2f}"
     return cells
 
 
