@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 
 from ssiuu_fast.ablation import AblationRow, ablation_check, log_grid
 from ssiuu_fast.attribution import Attribution, attribute
-from ssiuu_fast.correlation import Correlation, correlation
+from ssiuu_fast.correlation import Correlation, check_same_neurons, correlation
 from ssiuu_fast.data.collate import IGNORE, Encoder, length_sorted_batches
 from ssiuu_fast.data.example import Example
 from ssiuu_fast.evaluation import scores
@@ -106,6 +106,7 @@ def study(
                 target: attribute(model, batches, target=target, positions=positions)
                 for target, batches in _batches(encoder, rows, batch_size).items()
             }
+            check_same_neurons(attributions[BEFORE][PROBABILITY], attributions[role][PROBABILITY])
             accuracy[role] = _accuracy(model, encoder, rows)
             probability[role] = _mean_probability(model, encoder, rows, batch_size)
             if role == BEFORE:

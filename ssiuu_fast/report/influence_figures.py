@@ -356,5 +356,5 @@ def _rho(value: float) -> str:
 def _say_if_empty(axes, empty: bool) -> None:
     if empty:
         axes.text(
-            0.5, 0.5, "nothing to draw:\nno neuron was measured", transform=axes.transAxes, ha="center", va="center"
+            0.5, 0.5, "nothing to draw:\nnothing was measured", transform=axes.transAxes, ha="center", va="center"
         )
