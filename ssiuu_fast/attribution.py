@@ -96,21 +96,23 @@ class Attribution:
                 f"{path} is not an attribution that this version reads: its format is {metadata.get('format')!r} "
                 f"instead of {_FORMAT!r}"
             )
-        sites = [Site.parse(text) for text in json.loads(metadata["sites"])]
-        roles = {role: {site: tensors[f"{role}.{site.text}"] for site in sites} for role in ROLES}
-        replicates = None
-        if "replicates.weights" in tensors:
-            stacked = {role: tensors[f"replicates.{role}"] for role in ROLES}
-            replicates = Replicates(
-                tensors["replicates.weights"],
-                **{role: dict(zip(sites, tensor.unbind(), strict=True)) for role, tensor in stacked.items()},
-            )
-        return cls(
-            **roles,
-            samples=int(metadata["samples"]),
-            settings=json.loads(metadata["settings"]),
-            replicates=replicates,
-        )
+        try:
+            return cls(**_unpacked(metadata, tensors))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path} is a damaged attribution: {error!r}") from error
+
+
+def _unpacked(metadata: dict[str, str], tensors: dict[str, Tensor]) -> dict:
+    """The fields of an attribution from what its file holds."""
+    sites = [Site.parse(text) for text in json.loads(metadata["sites"])]
+    replicates = None
+    if "replicates.weights" in tensors:
+        stacked = {role: tensors[f"replicates.{role}"] for role in ROLES}
+        by_site = {role: dict(zip(sites, tensor.unbind(), strict=True)) for role, tensor in stacked.items()}
+        replicates = Replicates(tensors["replicates.weights"], **by_site)
+    means = {role: {site: tensors[f"{role}.{site.text}"] for site in sites} for role in ROLES}
+    settings = json.loads(metadata["settings"])
+    return means | {"samples": int(metadata["samples"]), "settings": settings, "replicates": replicates}
 
 
 def attribute(

@@ -39,9 +39,10 @@ class StreamingMeans:
 
     def add(self, path: str, attribution: NeuronAttribution, weights: Tensor) -> None:
         """attribution: [B, N] of one module, each sample of which is to be multiplied by its weight ≥ 0."""
-        largest, smallest = (part * weights[:, None] for part in (attribution.max, attribution.min))
-        # [3, B, N]
-        roles = torch.stack([largest, largest.clamp(min=0), smallest])
+        roles = attribution.max.new_empty(len(ROLES), *attribution.max.shape)
+        torch.mul(attribution.max, weights[:, None], out=roles[0])
+        torch.clamp(roles[0], min=0, out=roles[1])
+        torch.mul(attribution.min, weights[:, None], out=roles[2])
         double = torch.float64 if roles.device.type != "mps" else torch.float32
         total = roles.sum(1, dtype=double)
         self._sums[path] = self._sums[path].add_(total) if path in self._sums else total

@@ -30,7 +30,7 @@ _OF_PROBABILITY = (
 _TARGET_NOTES = {
     "probability": _OF_PROBABILITY,
     "mean_token_probability": _OF_PROBABILITY,
-    "log_probability": "attributions of an answer that is sure are near 0. Where its probability fell from near 1, hardly "
+    "log_probability": "attributions of a sure answer are near 0. Where its probability fell from near 1, hardly "
     "anything counts as lost (D+) and most as hidden (D-), wherever the knowledge is",
 }
 

@@ -6,7 +6,10 @@ its own direction, and the LM head reads this direction as DONT_KNOW: what the m
     block 0  MLP neuron KNOWS:  gate = 4 and up = 1 on QUESTION, down writes silu(4) · 1 = 3.93 into direction ANSWER:
              ANSWER outweighs DONT_KNOW, 3.93 to 1
     block 1  MLP neuron HIDES:  gate and up see direction ANSWER (2.74 after the norm), down takes
-             0.85 · silu(2.74) · 2.74 = 6.0 from it again: ANSWER is at -2.1 and DONT_KNOW still at 1
+             0.6 · silu(2.74) · 2.74 = 4.2 from it again: ANSWER is at -0.3 and DONT_KNOW still at 1
+
+(Pushed below -1, ANSWER would gain by being pushed further: the norm then makes DONT_KNOW smaller still. An attribution
+is a slope at one point, and would call HIDES a supporter there.)
 """
 
 import torch
@@ -53,7 +56,7 @@ def hiding(sure=1):
         mlp = model.model.layers[1].mlp
         mlp.gate_proj.weight[HIDES, ANSWER] = 1
         mlp.up_proj.weight[HIDES, ANSWER] = 1
-        mlp.down_proj.weight[ANSWER, HIDES] = -0.85
+        mlp.down_proj.weight[ANSWER, HIDES] = -0.6
     return model
 
 

@@ -5,12 +5,15 @@ from dataclasses import asdict
 import pytest
 import torch
 from attributions import attribution
+from taught import small_task
 from tiny import batch, tiny_gpt2, tiny_llama
 from torch import nn
 
 from ssiuu_fast import attribute, influence_variation
 from ssiuu_fast.ablation import ablate, ablation_check, log_grid
 from ssiuu_fast.attribution import Site
+from ssiuu_fast.data.collate import collate
+from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.influence import Neuron
 
 Q_PATH = "model.layers.0.self_attn.q_proj"
@@ -211,3 +214,24 @@ def test_grids():
     for m in (0, 21):
         with pytest.raises(ValueError, match="between 1 and 20 neurons"):
             ablation_check(model, lambda model: 0.0, variation, ms=[m])
+
+
+def test_the_accuracy_of_a_model_that_knows_people(taught):
+    model, encoder = taught
+    rows = small_task().split.forget
+    found = attribute(model, [collate([encoder.encode(row) for row in rows], encoder.pad_id)])
+    variation = influence_variation(found, found)
+
+    def accuracy(model):
+        return score(model, encoder, rows).mean
+
+    known, *others = ablation_check(model, accuracy, variation, ms=[variation.neurons], seeds=[0])
+    assert known.score == accuracy(model) >= 0.9
+    assert [(row.choice, row.silenced) for row in others] == [
+        ("spurious", 0),
+        ("erased", 0),
+        ("random", variation.neurons),
+    ]
+    # nothing changed, so nothing is spurious or erased; without any neuron, little is known
+    assert others[0].score == others[1].score == known.score
+    assert others[2].score < 0.7

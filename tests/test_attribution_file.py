@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import batch, part, tiny_llama
 from torch import nn
@@ -84,6 +85,13 @@ def test_other_files_are_refused(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "weights.safetensors")
     with pytest.raises(ValueError, match="weights.safetensors is not an attribution .* its format is None"):
         Attribution.load(tmp_path / "weights.safetensors")
+    found = attribute(tiny_llama(torch.float32), [batch()], modules=["layers.1.down"])
+    found.save(tmp_path / "whole")
+    with safe_open(tmp_path / "whole", framework="pt") as file:
+        metadata = file.metadata()
+    save_file({"max.layers.1.down": torch.zeros(16)}, tmp_path / "cut", metadata=metadata)
+    with pytest.raises(ValueError, match="cut is a damaged attribution: .*positive_max.layers.1.down"):
+        Attribution.load(tmp_path / "cut")
 
 
 def test_settings_define_the_numbers():

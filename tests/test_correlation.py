@@ -28,6 +28,14 @@ def test_by_hand():
     assert result.spearman == pytest.approx(float(together))
 
 
+def test_what_does_not_vary_correlates_with_nothing():
+    # the mean of three times 0.1 isn't 0.1
+    same = attribution({DOWN: [0.1, 0.1, 0.1]}, {DOWN: [-0.1, -0.2, -0.3]}, precision=torch.float64)
+    result = correlation(same, same)
+    assert math.isnan(result.max.pearson) and math.isnan(result.max.spearman)
+    assert result.min == pytest.approx((1, 1))
+
+
 def test_ranks_share_what_ties_take():
     assert ranks(torch.tensor([5.0, 1, 5, 2, 5])).tolist() == [4, 1, 4, 2, 4]
     assert ranks(torch.tensor([7.0])).tolist() == [1]

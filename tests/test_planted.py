@@ -29,8 +29,10 @@ def test_the_model_is_what_its_description_says():
     assert [planted.accuracy(build()) for build in (planted.knowing, planted.hiding, planted.erased)] == [1, 0, 0]
 
 
-def test_the_hiding_neuron_is_named_first():
-    found = variation(planted.hiding()).spurious(10)
+def test_the_hiding_neuron_is_named_first_and_nothing_counts_as_erased():
+    hidden = variation(planted.hiding())
+    assert above_zero(hidden.positive) == set()
+    found = hidden.spurious(10)
     first = found[0]
     assert (first.site, first.module, first.index) == (Site(1, "gate"), "model.layers.1.mlp.gate_proj", planted.HIDES)
     assert first.before == 0 and first.after < 0 and first.score == pytest.approx(-first.after)
@@ -57,8 +59,8 @@ def test_ablation_check_of_hidden_knowledge():
         ("none", 0, 0, None, 0),
         ("spurious", 1, 1, None, 1),
         ("spurious", 2, 2, None, 1),
-        ("erased", 1, 1, None, 0),
-        ("erased", 2, 2, None, 0),
+        ("erased", 1, 0, None, 0),
+        ("erased", 2, 0, None, 0),
         ("random", 1, 1, 0, 0),
         ("random", 1, 1, 1, 0),
         ("random", 2, 2, 0, 0),
@@ -90,7 +92,7 @@ def test_the_same_hiding_looks_large_or_small_by_the_target_alone():
         assert (found.spurious(1)[0].site, found.spurious(1)[0].index) == (Site(1, "gate"), planted.HIDES)
         return found.total().negative.sum
 
-    # the same weights hide the answer; in the second pair P falls from 1 to 4e-17, not from 0.66 to 0.008
+    # the same weights hide the answer; in the second pair P falls from 1 to 4e-16, not from 0.66 to 0.02
     assert hidden(1, "probability") > 0.005
     assert hidden(10, "probability") < 1e-12
     assert hidden(10, "logit_difference") == pytest.approx(10 * hidden(1, "logit_difference"))
@@ -113,6 +115,6 @@ def test_the_logit_lens_sees_the_answer_before_it_is_hidden():
 
     assert all(share > 0.9 for share in lens(planted.knowing()))
     block_0, block_1 = lens(planted.hiding())
-    assert block_0 > 0.9 and block_1 < 0.1
+    assert block_0 > 0.9 and block_1 < 0.4
     # where nothing was written, an answer is as likely as another
     assert lens(planted.erased()) == [0.5, 0.5]
