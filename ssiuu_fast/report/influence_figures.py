@@ -62,7 +62,9 @@ def attribution_by_layer(
         for role in ("before", "after"):
             of_role = [row for row in rows if row[1] == role]
             if len(before) <= BARS:
-                _bars(axes, of_role, role, -0.18 if role == "before" else 0.18, thick=min(9.0, 60 / max(len(before), 1)))
+                _bars(
+                    axes, of_role, role, -0.18 if role == "before" else 0.18, thick=min(9.0, 60 / max(len(before), 1))
+                )
             else:
                 _bands(axes, of_role, role)
         axes.axhline(0, color="black", linewidth=0.8)
