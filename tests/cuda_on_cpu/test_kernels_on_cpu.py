@@ -164,3 +164,13 @@ def test_neuron_penalty_by_hand():
     assert result.attribution.tolist() == [-4, 6]
     assert gradient.tolist() == [[[3, 0], [3, 0]]]
     assert (result.penalty.item(), result.negative.item()) == (9, 1)
+
+
+def test_an_unknown_reference_is_left_out():
+    hidden, gradient = torch.tensor([[[1.0, 2], [3, 4]]]), torch.tensor([[[-1.0, -1], [-1, -1]]])
+    reference = torch.tensor([torch.nan, -5])
+    result = neuron_penalty(hidden, gradient, reference, weight=0.5, per_sample=False, backend="cuda")
+    # A = (−4, −6), and the first has nothing to be compared with
+    assert result.attribution.tolist() == [-4, -6]
+    assert gradient.tolist() == [[[0, 1], [0, 1]]]
+    assert (result.penalty.item(), result.negative.item()) == (1, 1)
