@@ -10,7 +10,8 @@ from torch import Tensor
 from ssiuu_fast.ops import backends, cuda
 from ssiuu_fast.ops.addresses import penalty_table
 from ssiuu_fast.ops.blockwise8 import LIMIT, Blockwise8, tensors_of
-from ssiuu_fast.ops.penalty_input import check_counts, check_tensors, check_weight
+from ssiuu_fast.ops.checks import check_weight
+from ssiuu_fast.ops.penalty_input import check_counts, check_tensors
 
 _RESULT_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64)
 
@@ -106,13 +107,12 @@ def run_penalty_(gradients, parameters, references, outs, options, nonfinite_cou
         raise ValueError(f"gradient_scale must be finite, not {options.gradient_scale}")
     if nonfinite_counts is not None:
         check_counts(nonfinite_counts, gradients)
-    options = options._replace(
-        weight=check_weight(options.weight, gradients), gradient_scale=float(options.gradient_scale)
-    )
+    groups = _by_device(gradients)
+    weight = check_weight(options.weight, [(device, f"gradients[{rows[0]}]") for device, rows in groups.items()])
+    options = options._replace(weight=weight, gradient_scale=float(options.gradient_scale))
     if not gradients:
         return PenaltyResult(*(torch.zeros((), dtype=dtype) for dtype in _RESULT_DTYPES))
 
-    groups = _by_device(gradients)
     runs = {device: _runner(backend, device, [gradients[i] for i in rows]) for device, rows in groups.items()}
     sums = []
     with torch.no_grad():
