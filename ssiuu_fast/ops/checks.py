@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-# dtype codes of the C++ kernels, csrc/cpu/kernels.h
+# dtype codes of the C++ kernels, csrc/include/ssiuu/types.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 BLOCKWISE8_CODE = 4
 
