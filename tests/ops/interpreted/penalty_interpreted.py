@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from penalty_cases import Case, copied, random_case  # noqa: E402
+from penalty_cases import Case, copied, every_magnitude, random_case  # noqa: E402
 
 from ssiuu_fast.kernels import penalty  # noqa: E402
 from ssiuu_fast.ops import Blockwise8, penalty_  # noqa: E402
@@ -128,13 +128,7 @@ def test_one_copy_to_the_device_a_call_whatever_the_kinds(monkeypatch):
 
 
 def test_codes_of_every_magnitude():
-    generator = torch.Generator().manual_seed(0)
-    size = 20_000
-    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
-    parameters = signs * 10 ** (45 * torch.rand(size, generator=generator).sort().values - 38)
-    parameters[5000:10_000] = signs[5000:10_000] * 10 ** (8 * torch.rand(5000, generator=generator) - 8)
-    references = Blockwise8.empty_like(parameters)
-    compare(Case([torch.ones(size)], [parameters], [references], [None], {"weight": 0.5, "first": True}), "codes")
+    compare(every_magnitude(), "codes")
 
 
 def test_weight_as_tensor():
