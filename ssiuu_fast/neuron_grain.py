@@ -1,6 +1,5 @@
 """The penalty at the grain of neurons: every output of a linear module is a feature with an attribution of its own."""
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +12,7 @@ from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.selection import base_layer, select_modules
 from ssiuu_fast.step import MicroBatch, StepResult
 from ssiuu_fast.taps import PendingInjections, Taps
+from ssiuu_fast.warn import warn_user
 
 
 class NeuronGrain:
@@ -138,17 +138,15 @@ class NeuronGrain:
     def _warn(self, unknown: list[int]) -> None:
         if self._pending.count and "lost" not in self._warned:
             self._warned.add("lost")
-            warnings.warn(
+            warn_user(
                 f"at {self._pending.count} modules the penalty of the last backward() was never added: with "
                 "granularity='neuron' it travels with the loss, which must come from the same forward pass as "
-                "log_probs and be sent back after regularizer.backward(log_probs)",
-                stacklevel=6,
+                "log_probs and be sent back after regularizer.backward(log_probs)"
             )
         if unknown and "reference" not in self._warned:
             self._warned.add("reference")
-            warnings.warn(
-                "reference='initial' without set_reference(): the attributions of each sample's first step are kept",
-                stacklevel=6,
+            warn_user(
+                "reference='initial' without set_reference(): the attributions of each sample's first step are kept"
             )
 
 

@@ -24,7 +24,7 @@ class BatchReferences:
         """Stores a step's attributions; what is NaN, or of a module that isn't there, keeps its reference."""
         if self._samples not in (None, samples) and not self._warned:
             self._warned = True
-            warn_of_another_size(samples, self._samples, stacklevel=6)
+            warn_of_another_size(samples, self._samples)
         self._samples = self._samples or samples
         for name, attribution in attributions.items():
             old = self.tensors.get(name)

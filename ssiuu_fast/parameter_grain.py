@@ -1,6 +1,5 @@
 """The penalty at the grain of parameters: every scalar of a weight is a feature with an attribution of its own."""
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +20,7 @@ from ssiuu_fast.references import (
 )
 from ssiuu_fast.selection import NamedParameters, select_parameters
 from ssiuu_fast.step import MicroBatch, StepResult
+from ssiuu_fast.warn import warn_user
 
 
 class ParameterGrain:
@@ -80,9 +80,8 @@ class ParameterGrain:
         first = self._references is None
         references = self._references or References(empty_references(self._parameters, self._state_dtype), samples)
         if first and self._reference == "initial":
-            warnings.warn(
-                "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
-                stacklevel=6,
+            warn_user(
+                "reference='initial' without set_reference(): the attributions of the first step's batch are kept"
             )
         references.follow(samples)
 
