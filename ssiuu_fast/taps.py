@@ -25,8 +25,9 @@ class Taps:
     def __init__(self, modules: dict[str, nn.Module]):
         self._scalar = torch.zeros((), requires_grad=True)
         self._see: Callable[[TappedOutput, Tensor, Tensor], None] | None = None
-        # whether the model writes into a module's output; a module that isn't here was never measured
-        self._overwritten: dict[str, bool] = {}
+        # whether the model writes into a module's output, in training or not: an in-place dropout does in training alone.
+        # What isn't here was never measured
+        self._overwritten: dict[tuple[str, bool], bool] = {}
         handles = [module.register_forward_hook(_Hook(self, name)) for name, module in modules.items()]
         weakref.finalize(self, _remove, handles)
 
@@ -49,11 +50,11 @@ class Taps:
         finally:
             self._see = None
 
-    def tap(self, name: str, output: Tensor) -> Tensor:
+    def tap(self, name: str, output: Tensor, training: bool) -> Tensor:
         """The output with a tap on it: equal values, in the same memory or a copy."""
-        tapped = TappedOutput(self, name, output)
+        tapped = TappedOutput(self, name, output, training)
         output = _Tap.apply(output, self._scalar, tapped)
-        if self._overwritten.get(name, True):
+        if self._overwritten.get((name, training), True):
             # autograd refuses writes into the result of an identity, which would change h: a copy takes them. Whether
             # a model does this is seen when the first graph is measured, and most don't
             output = output.clone()
@@ -65,7 +66,7 @@ class Taps:
         if self._see is None:
             return tapped.pass_on(gradient)
         if tapped.writes is not None:
-            self._overwritten[tapped.name] = tapped.writes._version > 0
+            self._overwritten[tapped.name, tapped.training] = tapped.writes._version > 0
         self._see(tapped, tapped.take_hidden(), gradient)
         return gradient
 
@@ -74,8 +75,9 @@ class TappedOutput:
     """One output h of a tapped module, in one graph. It keeps a single tensor of that size: first h, then what is to
     be added to its gradient."""
 
-    def __init__(self, taps: Taps, name: str, output: Tensor):
+    def __init__(self, taps: Taps, name: str, output: Tensor, training: bool):
         self.name = name
+        self.training = training
         # counts the writes into the copy that the model works on, where it has one
         self.writes: Tensor | None = None
         # strong: a graph may be sent back after the taps were given up
@@ -154,7 +156,7 @@ class _Hook:
         # what a compiled graph makes of a tap was settled when it was traced: there is none in it
         if taps is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return output
-        return taps.tap(self._name, output)
+        return taps.tap(self._name, output, module.training)
 
     def __reduce__(self):
         return _Hook, (None, self._name)
