@@ -1,6 +1,6 @@
 """The penalty at the grain of neurons: every output of a linear module is a feature with an attribution of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ class NeuronGrain:
         self._how = {"one_sided": one_sided, "backend": backend}
         self._references = SampleReferences() if reference == "initial" else BatchReferences()
         self._taps = Taps(self._modules)
-        self._pending = PendingInjections()
+        # one a micro-batch of the last step, whose losses may be sent back together
+        self._pending: list[PendingInjections] = []
         self._warned: set[str] = set()
 
     @property
@@ -71,6 +72,7 @@ class NeuronGrain:
 
     def begin(self, scale: float, weight: float | None) -> "NeuronStep":
         """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
+        self.settle()
         return NeuronStep(self, scale, weight)
 
     def regularize(self, batch: MicroBatch, scale: float, weight: float) -> Measurement:
@@ -78,10 +80,42 @@ class NeuronGrain:
         unknown = self._unknown(batch)
         measured = Measurement(self._references, **self._how)
         measured.run(self._taps, batch, self.modules, weight=weight, scale=scale)
-        self._warn(unknown)
+        if unknown:
+            self._warn_once(
+                "reference",
+                "reference='initial' without set_reference(): the attributions of each sample's first step are kept",
+            )
         self._references.take(measured.attributions, batch.samples, batch.sample_ids)
-        self._pending = measured.inject()
+        self._pending.append(measured.inject())
         return measured
+
+    def measure_injected(self, target: Tensor, visit: Callable[[int, Tensor], None]) -> None:
+        """Runs visit(index, gradient) on what the last micro-batch's penalty comes to at each parameter.
+
+        Nothing of it is left for the loss's own pass.
+        """
+        self._taps.visit_gradients(target, self.parameters, visit)
+        # what lies below every parameter was not reached
+        self._pending.pop().abandon()
+
+    def settle(self) -> None:
+        """Judges the last step, whose losses were sent back by now: warns if a penalty was never added."""
+        lost = sum(pending.count > 0 for pending in self._pending)
+        if lost:
+            modules = max(pending.count for pending in self._pending)
+            self._warn_once(
+                "lost",
+                f"at {modules} modules the penalty of the last backward() was never added: with granularity='neuron' "
+                "it travels with the loss, which must come from the same forward pass as log_probs and be sent back "
+                "after regularizer.backward(log_probs). Of a step that is not to be taken, say so by abandon_step()",
+            )
+        self._pending = []
+
+    def abandon(self) -> None:
+        """The last step's losses won't be sent back, or shall add nothing if they are."""
+        for pending in self._pending:
+            pending.abandon()
+        self._pending = []
 
     def set_reference(self, batches: Iterable[MicroBatch]) -> None:
         """A_ref[b,i] of every sample, by its id; each batch's graph is freed after use."""
@@ -116,7 +150,7 @@ class NeuronGrain:
             )
         devices = {name: base_layer(module).weight.device for name, module in self._modules.items()}
         self._references.load_state_dict(state, devices)
-        self._pending = PendingInjections()
+        self.abandon()
 
     def _neurons(self) -> dict[str, int]:
         layers = {name: base_layer(module) for name, module in self._modules.items()}
@@ -135,19 +169,10 @@ class NeuronGrain:
             )
         return unknown
 
-    def _warn(self, unknown: list[int]) -> None:
-        if self._pending.count and "lost" not in self._warned:
-            self._warned.add("lost")
-            warn_user(
-                f"at {self._pending.count} modules the penalty of the last backward() was never added: with "
-                "granularity='neuron' it travels with the loss, which must come from the same forward pass as "
-                "log_probs and be sent back after regularizer.backward(log_probs)"
-            )
-        if unknown and "reference" not in self._warned:
-            self._warned.add("reference")
-            warn_user(
-                "reference='initial' without set_reference(): the attributions of each sample's first step are kept"
-            )
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warn_user(message)
 
 
 class NeuronStep:
@@ -162,13 +187,13 @@ class NeuronStep:
         self._elements = 0
         self._nonfinite: dict[str, Tensor] = {}
         self._underflows: list[Tensor] = []
-        self._gradient = _InjectedGradient(grain.parameters) if weight is None else None
+        self._gradient = _InjectedGradient() if weight is None else None
 
     def add(self, batch: MicroBatch) -> None:
         # while λ is being calibrated ∂R/∂φ is measured with λ = 1, and the loss's own pass gets nothing
         measured = self._grain.regularize(batch, self.scale, 1.0 if self._weight is None else self._weight)
         if self._gradient is not None:
-            self._gradient.add(batch)
+            self._gradient.add(batch, self._grain)
         self._penalty = self._penalty + measured.penalty()
         self._negative = self._negative + measured.negative()
         self._elements += measured.elements()
@@ -193,14 +218,13 @@ class NeuronStep:
 class _InjectedGradient:
     """‖∂R/∂φ‖² over a step: of its one micro-batch gradient by gradient, of several after they were summed."""
 
-    def __init__(self, parameters: list[nn.Parameter]):
-        self._parameters = parameters
+    def __init__(self):
         self._sums: dict[int, Tensor] = {}
         self._squares: list[Tensor] = []
 
-    def add(self, batch: MicroBatch) -> None:
+    def add(self, batch: MicroBatch, grain: NeuronGrain) -> None:
         alone = batch.last and not self._sums
-        engines.visit_gradients(batch.target, self._parameters, self._square if alone else self._sum)
+        grain.measure_injected(batch.target, self._square if alone else self._sum)
 
     def square(self) -> Tensor:
         for gradient in self._sums.values():

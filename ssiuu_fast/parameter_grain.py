@@ -69,6 +69,12 @@ class ParameterGrain:
         """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
         return ParameterStep(self, scale, weight)
 
+    def settle(self) -> None:
+        """The last step is over; its penalty was added at once, so there is nothing to judge."""
+
+    def abandon(self) -> None:
+        """Nothing of a step is left to be added."""
+
     def add_penalty(
         self, gradients: dict[str, Tensor | None], samples: int, scale: float, weight: float | None
     ) -> tuple[PenaltyResult, Tensor, Tensor | None]:

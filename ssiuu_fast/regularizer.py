@@ -49,8 +49,10 @@ class SSIUURegularizer:
     granularity: "parameter", as above, or "neuron": i is an output of a linear module, frozen or not. With its value
         h and g = ∂T/∂h, both [samples, tokens, neurons], A sums h·g over the tokens and, with "previous", the samples.
         2λ · 1[A < 0] · (A − A^ref) · g is added to the gradient at h while the loss is sent back, which must come from
-        the same forward pass as log_probs; from h it flows on to all that lies below. Needs the model. Between the two
-        backward passes one tensor of each such output is kept. Modules not in the graph keep their reference.
+        the same forward pass as log_probs; from h it flows on to all that lies below. The next backward pass through
+        the graph is taken to be the loss's: no other, like autograd.grad(loss, embeddings), may come between the two;
+        other regularisers may. Needs the model. Until then one tensor of each such output is kept. Modules not in the
+        graph keep their reference.
     reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
         (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample.
     one_sided: penalise only A below its reference.
@@ -156,13 +158,15 @@ class SSIUURegularizer:
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
         non-finite attributions), RuntimeError where the graph can't give the gradient, FloatingPointError as
-        `nonfinite` says (the finite part was then added: don't take the step).
-        A call that raises abandons the step's earlier micro-batches.
+        `nonfinite` says (at parameter grain the finite part was then added: don't take the step).
+        A call that raises abandons the step (`abandon_step`), except that a micro-batch whose loss was already sent
+        back has its penalty in `.grad`. An error of your own between the micro-batches doesn't: call it then.
         """
         try:
             return self._backward(log_probs, last, scale, token_counts, sample_ids)
         except BaseException:
             self._open_step = None
+            self._grain.abandon()
             raise
 
     def _backward(
@@ -180,7 +184,7 @@ class SSIUURegularizer:
         if self._awaiting_after_backward:
             raise RuntimeError(
                 "after_backward() was not called in the last step: with relative_weight, call it in every step after "
-                "the last loss.backward(), before clipping"
+                "the last loss.backward(), before clipping; or abandon_step(), where a step is given up"
             )
         step = self._open_step or self._grain.begin(scale, None if self.weight is None else self.weight * self.every)
         if scale != step.scale:
@@ -192,6 +196,17 @@ class SSIUURegularizer:
             return log_probs.new_zeros(())
         self._open_step = None
         return self._finish(step)
+
+    def abandon_step(self) -> None:
+        """Gives up the step that is under way, for loops that catch errors and go on with the next batch.
+
+        Without it the micro-batches given so far would be summed with those of the next step. What they would still add
+        to a loss's backward pass isn't added any more, and after_backward isn't waited for. What was added to `.grad`
+        stays there: clear it as ever. Does nothing between two steps.
+        """
+        self._open_step = None
+        self._awaiting_after_backward = False
+        self._grain.abandon()
 
     def set_reference(self, log_prob_batches: Iterable[Tensor | tuple]) -> None:
         """reference="initial": takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the forget set at the starting weights.
@@ -230,6 +245,7 @@ class SSIUURegularizer:
         if not self._awaiting_after_backward:
             return
         self._awaiting_after_backward = False
+        self._grain.settle()
         penalty_norm = self._last_step.penalty_gradient_norm
         loss_norm = gradient_norm(self.regularized_parameters) / scale
         # neurons are compared with their own first values: in the first step what differs is rounding
@@ -281,7 +297,11 @@ class SSIUURegularizer:
     def state_dict(self) -> dict:
         """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter)."""
         if self._open_step is not None:
-            raise RuntimeError("state_dict was asked for between the micro-batches of a step: save after the step")
+            raise RuntimeError(
+                "state_dict was asked for between the micro-batches of a step: save after the step, or call "
+                "abandon_step() first if it was given up"
+            )
+        self._grain.settle()
         return {
             "version": STATE_VERSION,
             "settings": self._settings(),
