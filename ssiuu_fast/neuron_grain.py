@@ -23,6 +23,11 @@ class NeuronGrain:
     flows from there to every parameter below.
     """
 
+    # each batch, or sample, is compared with its own first attribution
+    starts_at_its_reference = True
+    # ‖∂R/∂φ‖ is measured while λ is being calibrated, and not after
+    knows_share = False
+
     def __init__(
         self, model: nn.Module, patterns: Iterable[str] | None, *, reference: str, one_sided: bool, backend: str
     ):
@@ -190,8 +195,9 @@ class NeuronStep:
         self._gradient = _InjectedGradient() if weight is None else None
 
     def add(self, batch: MicroBatch) -> None:
-        # while λ is being calibrated ∂R/∂φ is measured with λ = 1, and the loss's own pass gets nothing
-        measured = self._grain.regularize(batch, self.scale, 1.0 if self._weight is None else self._weight)
+        # while λ is being calibrated ∂R/∂φ is measured with λ = 1 and at scale 1, whatever the loss's: in 16 bits a
+        # square of numbers that are as large as the scale allows is inf. The loss's own pass then gets nothing
+        measured = self._grain.regularize(batch, self.scale, 1 / self.scale if self._weight is None else self._weight)
         if self._gradient is not None:
             self._gradient.add(batch, self._grain)
         self._penalty = self._penalty + measured.penalty()
@@ -207,7 +213,7 @@ class NeuronStep:
             penalty=self._penalty,
             negative=self._negative,
             elements=self._elements,
-            gradient_square=None if self._gradient is None else self._gradient.square() / self.scale**2,
+            gradient_square=None if self._gradient is None else self._gradient.square(),
             underflows=self._underflows,
             names=list(self._nonfinite),
             nonfinite_counts=torch.stack([count.to(counts[0].device) for count in counts]),

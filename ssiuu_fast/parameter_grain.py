@@ -26,6 +26,11 @@ from ssiuu_fast.warn import warn_user
 class ParameterGrain:
     """The regularised parameters and what their attributions are compared with (Algorithm 1)."""
 
+    # the first step is compared with nothing, or with a mean over other samples too
+    starts_at_its_reference = False
+    # ‖∂R/∂φ‖ comes with every step
+    knows_share = True
+
     def __init__(
         self,
         model_or_named_parameters: nn.Module | Iterable[tuple[str, nn.Parameter]],

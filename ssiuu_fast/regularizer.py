@@ -1,12 +1,12 @@
 """The Ssiuu penalty in anybody's training loop."""
 
-import statistics
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
+from ssiuu_fast.calibration import Calibration
 from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
 from ssiuu_fast.references import StateDtype, state_dtype_name
@@ -15,7 +15,6 @@ from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
 
 REFERENCES = ("previous", "initial")
-CALIBRATION_STEPS = 4
 STATE_VERSION = 1
 # METHOD, open point 5: where to start
 STARTING_RELATIVE_WEIGHT = 30.0
@@ -124,7 +123,7 @@ class SSIUURegularizer:
         self._raise_nonfinite = nonfinite == "raise"
 
         self._step = 0
-        self._ratios: list[float] = []
+        self._calibration = None if relative_weight is None else Calibration(relative_weight)
         self._awaiting_after_backward = False
         # begun and waiting for more micro-batches
         self._open_step: ParameterStep | NeuronStep | None = None
@@ -246,14 +245,15 @@ class SSIUURegularizer:
             return
         self._awaiting_after_backward = False
         self._grain.settle()
-        penalty_norm = self._last_step.penalty_gradient_norm
+        if self._step == 1 and self._grain.starts_at_its_reference:
+            # what differs is rounding
+            return
+        last = self._last_step
         loss_norm = gradient_norm(self.regularized_parameters) / scale
-        # neurons are compared with their own first values: in the first step what differs is rounding
-        at_the_start = self.granularity == "neuron" and self._step == 1
-        if not at_the_start and 0 < penalty_norm < float("inf") and 0 < loss_norm < float("inf"):
-            self._ratios.append(loss_norm / penalty_norm)
-        if len(self._ratios) == CALIBRATION_STEPS:
-            self.weight = self.relative_weight * statistics.median(self._ratios)
+        self._calibration.see(last.penalty, last.penalty_gradient_norm, loss_norm)
+        self.weight = self._calibration.weight()
+        if self.weight is not None and not self._grain.knows_share:
+            self._share_watch.judge(self.every * self._calibration.share())
 
     def penalty_share(self, gradient_norm: float) -> float | None:
         """‖every · λ ∂R/∂φ‖ ÷ gradient_norm in this step, for the log; 0 in steps without a penalty.
@@ -261,7 +261,9 @@ class SSIUURegularizer:
         None where it isn't known: at neuron granularity once λ is fixed (StepStatistics.penalty_gradient_norm).
 
         gradient_norm: the norm of the step's whole gradient at scale 1, as clip_grad_norm_ returns it. Warns once, in
-        plain words, where the penalty has been too small to matter over its first 10 steps.
+        plain words, where the penalty has been too small to matter over its first 10 steps. Neurons: by the steps
+        that relative_weight is calibrated in, when λ is fixed; with a literal weight nothing is known to warn of, not
+        even that 16-bit gradients swallow the penalty.
         """
         if self._skipped or self._last_step is None or not gradient_norm > 0:
             return 0.0
@@ -307,7 +309,7 @@ class SSIUURegularizer:
             "settings": self._settings(),
             "step": self._step,
             "weight": self.weight,
-            "ratios": list(self._ratios),
+            "ratios": [] if self._calibration is None else list(self._calibration.ratios),
             **self._grain.state_dict(),
         }
 
@@ -324,7 +326,8 @@ class SSIUURegularizer:
         self._grain.load_state_dict(state)
         self._step = state["step"]
         self.weight = state["weight"]
-        self._ratios = list(state["ratios"])
+        if self._calibration is not None:
+            self._calibration.ratios = list(state["ratios"])
         self._open_step = None
         self._awaiting_after_backward = False
 

@@ -38,7 +38,10 @@ class ShareWatch:
         if len(self._shares) == STEPS_WATCHED:
             return
         self._shares.append(share)
-        if len(self._shares) == STEPS_WATCHED and (
-            reason := too_small(statistics.mean(self._shares), self._parameters)
-        ):
+        if len(self._shares) == STEPS_WATCHED:
+            self.judge(statistics.mean(self._shares))
+
+    def judge(self, share: float) -> None:
+        """Warns if this mean share is too small."""
+        if reason := too_small(share, self._parameters):
             warn_user(reason)

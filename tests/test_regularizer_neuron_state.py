@@ -188,3 +188,29 @@ def test_a_step_of_another_size_is_warned_of_once():
         step(model, regularizer, batch(samples=3))
         step(model, regularizer, batch(samples=4))
     assert len(said) == 1
+
+
+def test_float16_is_calibrated_at_a_large_scale():
+    weights = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1024.0)):
+        model = tiny_llama(dtype)
+        regularizer = neurons(model, relative_weight=3.0)
+        for seed in range(5):
+            model.zero_grad()
+            step(model, regularizer, batch(seed=seed), scale=scale)
+            regularizer.after_backward(scale)
+        weights.append(regularizer.weight)
+    assert weights[1] == pytest.approx(weights[0], rel=0.05)
+
+
+@pytest.mark.parametrize(("relative_weight", "count"), [(1e-3, 1), (1.0, 0)])
+def test_a_penalty_that_16_bits_swallow_is_known_by_its_calibration(relative_weight, count, recwarn):
+    model = tiny_llama(torch.bfloat16)
+    regularizer = neurons(model, relative_weight=relative_weight)
+    for seed in range(8):
+        model.zero_grad()
+        step(model, regularizer, batch(seed=seed))
+        regularizer.after_backward()
+    said = [str(warning.message) for warning in recwarn if "too little to matter" in str(warning.message)]
+    assert len(said) == count
+    assert all("16-bit gradients swallow" in message for message in said)

@@ -107,3 +107,18 @@ def test_a_penalty_that_cannot_matter_is_warned_of_once(recwarn):
     said = [str(warning.message) for warning in recwarn if "too little to matter" in str(warning.message)]
     assert len(said) == 1
     assert "16-bit gradients swallow" in said[0]
+
+
+@pytest.mark.parametrize("granularity", ["parameter", "neuron"])
+def test_a_calibration_that_comes_to_nothing_is_warned_of_once(granularity):
+    model = tiny_llama(torch.float32)
+    regularizer = SSIUURegularizer(model, relative_weight=3.0, granularity=granularity, target="log_probability")
+    with pytest.warns(UserWarning, match="λ is not calibrated after 10 steps .* loss's gradient was inf") as said:
+        for seed in range(15):
+            model.zero_grad()
+            step(model, regularizer, batch(seed=seed))
+            for p in model.parameters():
+                p.grad.fill_(float("inf"))
+            regularizer.after_backward()
+    assert len([warning for warning in said if "calibrated" in str(warning.message)]) == 1
+    assert regularizer.weight is None
