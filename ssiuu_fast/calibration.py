@@ -1,6 +1,7 @@
 """λ from the gradients of the first steps (METHOD, open point 5)."""
 
 import statistics
+from collections.abc import Iterable
 
 from ssiuu_fast.warn import warn_user
 
@@ -12,9 +13,9 @@ STEPS_IN_VAIN = 10
 class Calibration:
     """λ = relative_weight · median of ‖∇L‖ / ‖∂R/∂φ‖ over the first 4 steps with a penalty."""
 
-    def __init__(self, relative_weight: float):
+    def __init__(self, relative_weight: float, ratios: Iterable[float] = ()):
         self.relative_weight = relative_weight
-        self.ratios: list[float] = []
+        self.ratios = list(ratios)
         self._in_vain = 0
 
     def see(self, penalty: float, penalty_norm: float, loss_norm: float) -> None:
@@ -28,9 +29,9 @@ class Calibration:
         if self._in_vain == STEPS_IN_VAIN and not self.ratios:
             warn_user(
                 f"λ is not calibrated after {STEPS_IN_VAIN} steps with a penalty, and nothing is added: in the last "
-                f"one the norm of the loss's gradient was {loss_norm:.3g}, that of the penalty's {penalty_norm:.3g}. 0 or "
-                "inf are what 16 bits make of numbers too small or too large for them: keep weights and gradients in "
-                "fp32 or bfloat16, change the scale, or give weight in place of relative_weight"
+                f"one the norm of the loss's gradient was {loss_norm:.3g}, that of the penalty's {penalty_norm:.3g}. "
+                "16 bits make 0 or inf of numbers too small or too large for them: keep weights and gradients in fp32 "
+                "or bfloat16, change the scale, or give weight in place of relative_weight"
             )
 
     def weight(self) -> float | None:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.neuron_measurement import Measurement
-from ssiuu_fast.neuron_references import BatchReferences, SampleReferences
+from ssiuu_fast.neuron_references import BatchReferences, Form, SampleReferences
 from ssiuu_fast.ops.backends import choose
+from ssiuu_fast.references import required
 from ssiuu_fast.selection import base_layer, select_modules
 from ssiuu_fast.step import MicroBatch, StepResult
 from ssiuu_fast.taps import PendingInjections, Taps
@@ -63,8 +64,11 @@ class NeuronGrain:
     def modules(self) -> list[str]:
         return list(self._modules)
 
-    def check(self, samples: int, sample_ids: Tensor | None, last: bool) -> list[int] | None:
-        """The sample ids as numbers. Raises ValueError where this grain can't take the micro-batch."""
+    def sample_numbers(self, samples: int, sample_ids: Tensor | None, last: bool) -> list[int] | None:
+        """The sample ids as numbers, None where they are of no use.
+
+        Raises ValueError where this grain can't take the micro-batch.
+        """
         if isinstance(self._references, BatchReferences):
             if not last:
                 raise ValueError(
@@ -90,7 +94,7 @@ class NeuronGrain:
                 "reference",
                 "reference='initial' without set_reference(): the attributions of each sample's first step are kept",
             )
-        self._references.take(measured.attributions, batch.samples, batch.sample_ids)
+        self._references.store(measured.attributions, batch.samples, batch.sample_ids)
         self._pending.append(measured.inject())
         return measured
 
@@ -124,37 +128,42 @@ class NeuronGrain:
 
     def set_reference(self, batches: Iterable[MicroBatch]) -> None:
         """A_ref[b,i] of every sample, by its id; each batch's graph is freed after use."""
-        references = SampleReferences()
+        seen: set[int] = set()
+        found = []
         for batch in batches:
             for number in batch.sample_ids:
-                if number in references.rows or batch.sample_ids.count(number) > 1:
+                if number in seen:
                     raise ValueError(f"set_reference was given sample id {number} twice: each sample has its own")
-            measured = Measurement(references, **self._how)
+                seen.add(number)
+            measured = Measurement(SampleReferences(), **self._how)
             measured.run(self._taps, batch, self.modules, weight=0.0, retain_graph=False)
             for name, attribution in measured.attributions.items():
                 if attribution.isnan().any():
                     raise FloatingPointError(
                         f"the reference attribution of {name} is not finite: are the starting weights sound?"
                     )
-            references.take(measured.attributions, batch.samples, batch.sample_ids)
-        if not references.rows:
+            found.append((batch.sample_ids, measured.attributions))
+        if not found:
             raise ValueError("set_reference was given no batch: the forget set is empty")
-        references.complete = True
-        self._references = references
+        self._references = SampleReferences.from_pass(found)
 
     def state_dict(self) -> dict:
         return {"neurons": self._neurons(), **self._references.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        saved, ours = state["neurons"], self._neurons()
+        saved, ours = required(state, "neurons"), self._neurons()
         if saved != ours:
             name = min(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
             raise ValueError(
                 f"the saved state is of other modules: {name} has {saved.get(name, 'no')} neurons there, "
                 f"{ours.get(name, 'no')} here"
             )
-        devices = {name: base_layer(module).weight.device for name, module in self._modules.items()}
-        self._references.load_state_dict(state, devices)
+        weights = {name: base_layer(module).weight for name, module in self._modules.items()}
+        forms = {
+            name: Form(ours[name], torch.promote_types(weight.dtype, torch.float32), weight.device)
+            for name, weight in weights.items()
+        }
+        self._references = type(self._references).from_state(state, forms)
         self.abandon()
 
     def _neurons(self) -> dict[str, int]:

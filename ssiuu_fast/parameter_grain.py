@@ -17,6 +17,7 @@ from ssiuu_fast.references import (
     flat_state,
     from_flat_state,
     refuse_state_dtype,
+    required,
 )
 from ssiuu_fast.selection import NamedParameters, select_parameters
 from ssiuu_fast.step import MicroBatch, StepResult
@@ -67,7 +68,7 @@ class ParameterGrain:
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters.values())
 
-    def check(self, samples: int, sample_ids: Tensor | None, last: bool) -> None:
+    def sample_numbers(self, samples: int, sample_ids: Tensor | None, last: bool) -> None:
         """Any micro-batch will do, and samples need no names."""
 
     def begin(self, scale: float, weight: float | None) -> "ParameterStep":
@@ -139,11 +140,12 @@ class ParameterGrain:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        saved, samples = required(state, "references"), required(state, "reference_samples")
         references = None
-        if state["references"] is not None:
-            loaded = from_flat_state(self._parameters, self._state_dtype, state["references"])
-            references = References(loaded, state["reference_samples"])
+        if saved is not None:
+            references = References(from_flat_state(self._parameters, self._state_dtype, saved), samples)
         self._references = references
+        self._change = ChangeWatch()
 
 
 class ParameterStep:

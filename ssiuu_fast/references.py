@@ -44,6 +44,13 @@ def warn_of_another_size(samples: int, reference_samples: int) -> None:
     )
 
 
+def required(state: dict, key: str):
+    """An entry of a saved state; ValueError where it is missing."""
+    if key not in state:
+        raise ValueError(f"the saved state has no {key!r}: give what state_dict() of a regulariser returned")
+    return state[key]
+
+
 def refuse_state_dtype(dtype: StateDtype, parameters: NamedParameters) -> None:
     if dtype not in STATE_DTYPES:
         raise ValueError(f"state_dtype must be one of {', '.join(map(repr, STATE_DTYPES))}; got {dtype!r}")

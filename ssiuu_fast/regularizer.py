@@ -9,7 +9,7 @@ from ssiuu_fast import engines
 from ssiuu_fast.calibration import Calibration
 from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
-from ssiuu_fast.references import StateDtype, state_dtype_name
+from ssiuu_fast.references import StateDtype, required, state_dtype_name
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
@@ -50,8 +50,8 @@ class SSIUURegularizer:
         2λ · 1[A < 0] · (A − A^ref) · g is added to the gradient at h while the loss is sent back, which must come from
         the same forward pass as log_probs; from h it flows on to all that lies below. The next backward pass through
         the graph is taken to be the loss's: no other, like autograd.grad(loss, embeddings), may come between the two;
-        other regularisers may. Needs the model. Until then one tensor of each such output is kept. Modules not in the
-        graph keep their reference.
+        other regularisers may. Needs the model. Until then one tensor of each such output is kept. A module
+        outside a step's graph has A = 0; its "initial" references stay.
     reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
         (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample.
     one_sided: penalise only A below its reference.
@@ -117,20 +117,10 @@ class SSIUURegularizer:
         self.one_sided = one_sided
         self.every = every
         self.relative_weight = relative_weight
-        # λ; None until it is calibrated
-        self.weight: float | None = weight if relative_weight is None else None
+        self._literal_weight = weight if relative_weight is None else None
         self._state_dtype = state_dtype
         self._raise_nonfinite = nonfinite == "raise"
-
-        self._step = 0
-        self._calibration = None if relative_weight is None else Calibration(relative_weight)
-        self._awaiting_after_backward = False
-        # begun and waiting for more micro-batches
-        self._open_step: ParameterStep | NeuronStep | None = None
-        self._skipped = False
-        self._share_watch = ShareWatch(self.regularized_parameters)
-        self._last_step: StepStatistics | None = None
-        self._nonfinite = NonfiniteWatch()
+        self._start(step=0, weight=self._literal_weight, ratios=[])
 
     def backward(
         self,
@@ -152,7 +142,8 @@ class SSIUURegularizer:
         scale: the factor on the caller's loss (GradScaler.get_scale()), the same in all micro-batches of a step. A, R
             and the references don't depend on it.
         token_counts: [B] answer tokens, for target="mean_token_probability".
-        sample_ids: [B] whole numbers that name the samples, for neurons with reference="initial"; else of no use.
+        sample_ids: [B] whole numbers that name the samples, for neurons with reference="initial"; else of no use. Keep
+            them on the CPU: the host has to know them, and would wait for a GPU.
 
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
@@ -175,7 +166,7 @@ class SSIUURegularizer:
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-        sample_ids = self._grain.check(len(log_probs), sample_ids, last)
+        sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, last)
         self._skipped = self._step % self.every != 0
         if self._skipped:
             self._step += last
@@ -215,7 +206,8 @@ class SSIUURegularizer:
         number of samples seen, b the number of samples of the first regularised step.
 
         At neuron granularity A_ref is that of each sample, an item is (log_probs, token_counts or None, sample_ids)
-        and `backward` then refuses samples that weren't in the pass.
+        and `backward` then refuses samples that weren't in the pass. That is a number a neuron and sample, beside the
+        weights: 3.1 MB a sample for Llama-3.2-3B.
         """
         if self.reference != "initial":
             raise ValueError(
@@ -230,7 +222,7 @@ class SSIUURegularizer:
             item = item if isinstance(item, tuple) else (item,)
             log_probs, token_counts, sample_ids = (*item, None, None)[:3]
             check_log_probs(log_probs, self.target, token_counts)
-            sample_ids = self._grain.check(len(log_probs), sample_ids, True)
+            sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, True)
             target, underflows = target_sum(log_probs, self.target, token_counts)
             yield MicroBatch(target, len(log_probs), underflows, sample_ids)
 
@@ -319,17 +311,28 @@ class SSIUURegularizer:
             raise ValueError(
                 f"state version {state.get('version')!r} can't be read: this package writes {STATE_VERSION}"
             )
+        settings = required(state, "settings")
         for name, ours in self._settings().items():
-            saved = state["settings"].get(name)
+            saved = settings.get(name)
             if saved != ours:
                 raise ValueError(f"the saved state has {name}={saved!r}, this regulariser {name}={ours!r}")
+        step, weight, ratios = (required(state, key) for key in ("step", "weight", "ratios"))
         self._grain.load_state_dict(state)
-        self._step = state["step"]
-        self.weight = state["weight"]
-        if self._calibration is not None:
-            self._calibration.ratios = list(state["ratios"])
-        self._open_step = None
+        self._start(step, weight, ratios)
+
+    def _start(self, step: int, weight: float | None, ratios: list[float]) -> None:
+        """Between two steps, at the beginning or where a saved run was left."""
+        # λ; None until it is calibrated
+        self.weight: float | None = weight
+        self._step = step
+        self._calibration = None if self.relative_weight is None else Calibration(self.relative_weight, ratios)
         self._awaiting_after_backward = False
+        # begun and waiting for more micro-batches
+        self._open_step: ParameterStep | NeuronStep | None = None
+        self._skipped = False
+        self._share_watch = ShareWatch(self.regularized_parameters)
+        self._last_step: StepStatistics | None = None
+        self._nonfinite = NonfiniteWatch()
 
     def _settings(self) -> dict:
         return {
@@ -338,6 +341,7 @@ class SSIUURegularizer:
             "reference": self.reference,
             "one_sided": self.one_sided,
             "every": self.every,
+            "weight": self._literal_weight,
             "relative_weight": self.relative_weight,
             "state_dtype": state_dtype_name(self._state_dtype),
         }
