@@ -73,7 +73,7 @@ def penalty_(
         gradient_scale: factor on every gradient before use, for gradients that come averaged or scaled.
         nonfinite_counts: None, or int64 [len(gradients)] on the device of the inputs (of index 0, if they have
             several), which receives the non-finite elements of each index.
-        backend: "auto", "cpp", "triton" or "reference".
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
 
     Returns:
         PenaltyResult of 0-dim tensors on the device of index 0 (on the CPU for empty lists):
