@@ -78,6 +78,13 @@ def refuse_steps_in_backward(named_parameters: Iterable[tuple[str, nn.Parameter]
             )
 
 
+def refuse_frozen(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """RuntimeError for a parameter that was given up since it was selected."""
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            raise RuntimeError(f"{name} was frozen after the regulariser was built: build it after freezing")
+
+
 def _refuse_module(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
     origins = {type(module).__module__.split(".")[0], getattr(module.forward, "__module__", "").split(".")[0]}

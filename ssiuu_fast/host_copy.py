@@ -16,6 +16,10 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self._host, self._arrived = _pinned(tensor), _event(tensor.device)
 
+    @property
+    def from_gpu(self) -> bool:
+        return self._arrived is not None
+
     def read(self) -> list:
         """The values, as `Tensor.tolist` gives them."""
         if self._arrived is not None:

@@ -82,6 +82,9 @@ class NeuronGrain:
     def begin(self, scale: float, weight: float | None) -> "NeuronStep":
         """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
         self.settle()
+        if weight is None:
+            # ∂R/∂φ is about to be measured at each of them
+            engines.refuse_frozen(self._trainable.items())
         return NeuronStep(self, scale, weight)
 
     def regularize(self, batch: MicroBatch, scale: float, weight: float) -> Measurement:
@@ -226,7 +229,7 @@ class NeuronStep:
             underflows=self._underflows,
             names=list(self._nonfinite),
             nonfinite_counts=torch.stack([count.to(counts[0].device) for count in counts]),
-            absent=len(self._grain.modules) - len(counts),
+            absent=[name for name in self._grain.modules if name not in self._nonfinite],
         )
 
 

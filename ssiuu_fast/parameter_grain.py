@@ -81,6 +81,11 @@ class ParameterGrain:
     def abandon(self) -> None:
         """Nothing of a step is left to be added."""
 
+    def target_gradients(self, target: Tensor, *, scale: float = 1.0, retain_graph: bool = True) -> list[Tensor | None]:
+        """scale · ∂T/∂φ, None for parameters outside the graph."""
+        engines.refuse_frozen(self._parameters.items())
+        return engines.target_gradients(target, self.parameters, scale=scale, retain_graph=retain_graph)
+
     def add_penalty(
         self, gradients: dict[str, Tensor | None], samples: int, scale: float, weight: float | None
     ) -> tuple[PenaltyResult, Tensor, Tensor | None]:
@@ -129,8 +134,7 @@ class ParameterGrain:
         """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets, whose graphs are freed one by one."""
         mean = MeanAttribution(self._parameters, self._state_dtype)
         for batch in targets:
-            gradients = engines.target_gradients(batch.target, self.parameters, retain_graph=False)
-            mean.add(gradients, batch.samples)
+            mean.add(self.target_gradients(batch.target, retain_graph=False), batch.samples)
         self._references = mean.references()
 
     def state_dict(self) -> dict:
@@ -160,7 +164,7 @@ class ParameterStep:
         self._underflows: list[Tensor] = []
 
     def add(self, batch: MicroBatch) -> None:
-        gradients = engines.target_gradients(batch.target, self._grain.parameters, scale=self.scale)
+        gradients = self._grain.target_gradients(batch.target, scale=self.scale)
         self._samples += batch.samples
         self._underflows.append(batch.underflows)
         if not self._gradients:
@@ -183,7 +187,7 @@ class ParameterStep:
             underflows=self._underflows,
             names=[name for name, gradient in gradients.items() if gradient is not None],
             nonfinite_counts=counts,
-            absent=sum(gradient is None for gradient in gradients.values()),
+            absent=[name for name, gradient in gradients.items() if gradient is None],
             change=change,
         )
 

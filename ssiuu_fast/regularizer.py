@@ -13,6 +13,7 @@ from ssiuu_fast.references import StateDtype, required, state_dtype_name
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
 from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
+from ssiuu_fast.warn import warn_user
 
 REFERENCES = ("previous", "initial")
 STATE_VERSION = 1
@@ -50,8 +51,8 @@ class SSIUURegularizer:
         2λ · 1[A < 0] · (A − A^ref) · g is added to the gradient at h while the loss is sent back, which must come from
         the same forward pass as log_probs; from h it flows on to all that lies below. The next backward pass through
         the graph is taken to be the loss's: no other, like autograd.grad(loss, embeddings), may come between the two;
-        other regularisers may. Needs the model. Until then one tensor of each such output is kept. A module
-        outside a step's graph has A = 0; its "initial" references stay.
+        other regularisers may. Needs the model. Until then one tensor of each such output is kept, and frozen layers
+        below build a graph too. A module outside a step's graph has A = 0; its "initial" references stay.
     reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
         (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample.
     one_sided: penalise only A below its reference.
@@ -63,8 +64,8 @@ class SSIUURegularizer:
         attributions change less from step to step than few bits can show (`last_step.relative_change`). Of no use for
         neurons, whose references are small.
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
-        FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward` or
-        `last_step`), "count" only counts them.
+        FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward`,
+        `last_step` or `state_dict`, when the step was probably taken), "count" only counts them.
     process_group: more than one rank is not built yet.
     backend: see `ssiuu_fast.ops.penalty_` and `ssiuu_fast.ops.neuron_penalty`.
 
@@ -120,6 +121,7 @@ class SSIUURegularizer:
         self._literal_weight = weight if relative_weight is None else None
         self._state_dtype = state_dtype
         self._raise_nonfinite = nonfinite == "raise"
+        self._warned_of_absent = False
         self._start(step=0, weight=self._literal_weight, ratios=[])
 
     def backward(
@@ -219,7 +221,13 @@ class SSIUURegularizer:
 
     def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
-            item = item if isinstance(item, tuple) else (item,)
+            if isinstance(item, Tensor):
+                item = (item,)
+            if not isinstance(item, tuple) or len(item) not in (1, 2, 3):
+                raise TypeError(
+                    f"set_reference was given a {type(item).__name__}: an item is log_probs, (log_probs, token_counts) "
+                    "or (log_probs, token_counts or None, sample_ids)"
+                )
             log_probs, token_counts, sample_ids = (*item, None, None)[:3]
             check_log_probs(log_probs, self.target, token_counts)
             sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, True)
@@ -268,6 +276,11 @@ class SSIUURegularizer:
         return share
 
     @property
+    def takes_micro_batches(self) -> bool:
+        """Whether a step may be given in several calls, all but one with last=False."""
+        return self.granularity == "parameter" or self.reference == "initial"
+
+    @property
     def step_was_skipped(self) -> bool:
         """Whether `every` left the last step out."""
         return self._skipped
@@ -289,7 +302,11 @@ class SSIUURegularizer:
         return self._grain.parameters
 
     def state_dict(self) -> dict:
-        """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter)."""
+        """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter).
+
+        The tensors are the live ones: save or clone them before the next step.
+        """
+        self._check_nonfinite()
         if self._open_step is not None:
             raise RuntimeError(
                 "state_dict was asked for between the micro-batches of a step: save after the step, or call "
@@ -349,6 +366,7 @@ class SSIUURegularizer:
     def _finish(self, step: ParameterStep | NeuronStep) -> Tensor:
         calibrating = self.weight is None
         result = step.finish()
+        self._warn_of_absent(result.absent)
         self._last_step = StepStatistics(result, 0.0 if calibrating else self.weight, self.every)
         self._step += 1
         self._awaiting_after_backward = calibrating
@@ -362,9 +380,18 @@ class SSIUURegularizer:
         try:
             self._nonfinite.check()
         except FloatingPointError:
-            # the step is not to be taken, so nobody will call it
+            # the step is not to be taken, so nobody will call it, or send its loss back
             self._awaiting_after_backward = False
+            self._grain.abandon()
             raise
+
+    def _warn_of_absent(self, absent: list[str]) -> None:
+        if absent and not self._warned_of_absent:
+            self._warned_of_absent = True
+            warn_user(
+                f"{len(absent)} of what is regularised is not in this step's graph, {absent[0]} for one, and so has no "
+                "attribution and no penalty in it. Said once; `last_step.absent` counts them"
+            )
 
 
 def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:

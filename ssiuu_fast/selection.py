@@ -59,7 +59,14 @@ def select_modules(model: nn.Module, patterns: Iterable[str] | None) -> dict[str
         matching = _matching(weights, patterns, "weights of linear modules")
         selected = {name.removesuffix(".weight"): module for name, module in matching.items()}
     if not selected:
-        raise ValueError(_nothing_selected(len(linear), 0, patterns))
+        if not linear:
+            raise ValueError(
+                "the model has no linear module, whose outputs would be the neurons: use granularity='parameter'"
+            )
+        raise ValueError(
+            f"none of the {len(linear)} linear modules is in a numbered block: choose them by the names of their "
+            "weights, parameters=['*weight']"
+        )
     if patterns is None:
         remedy = (
             "with granularity='neuron' that is not possible, use granularity='parameter' and parameters=[{patterns}]"
