@@ -1,5 +1,12 @@
 """The penalty at the grain of neurons: every output of a linear module is a feature with an attribution of its own."""
 
+# One step:
+#   1. the forward pass runs through a tap at every module, which keeps its output h           (taps.py)
+#   2. backward(log_probs) sends ∂T/∂h to the taps, and A = Σ h·g is compared with A^ref       (neuron_measurement.py)
+#   3. A becomes the reference of the next step, or stays a sample's first                     (neuron_references.py)
+#   4. each tap gets what it is to add: 2λ · 1[A<0] · (A − A^ref) · g, in place of h
+#   5. loss.backward() adds it on its way; while λ is being calibrated a pass of zeros does, and its norm is taken
+
 from collections.abc import Callable, Iterable
 
 import torch
@@ -112,12 +119,11 @@ class NeuronGrain:
 
     def settle(self) -> None:
         """Judges the last step, whose losses were sent back by now: warns if a penalty was never added."""
-        lost = sum(pending.count > 0 for pending in self._pending)
+        lost = max((pending.count for pending in self._pending), default=0)
         if lost:
-            modules = max(pending.count for pending in self._pending)
             self._warn_once(
                 "lost",
-                f"at {modules} modules the penalty of the last backward() was never added: with granularity='neuron' "
+                f"at {lost} modules the penalty of the last backward() was never added: with granularity='neuron' "
                 "it travels with the loss, which must come from the same forward pass as log_probs and be sent back "
                 "after regularizer.backward(log_probs). Of a step that is not to be taken, say so by abandon_step()",
             )

@@ -151,8 +151,8 @@ class SSIUURegularizer:
         ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
         non-finite attributions), RuntimeError where the graph can't give the gradient, FloatingPointError as
         `nonfinite` says (at parameter grain the finite part was then added: don't take the step).
-        A call that raises abandons the step (`abandon_step`), except that a micro-batch whose loss was already sent
-        back has its penalty in `.grad`. An error of your own between the micro-batches doesn't: call it then.
+        A call that raises abandons the step (`abandon_step`); of neurons, a micro-batch whose loss was sent back before
+        keeps its penalty in `.grad`. After an error of your own between micro-batches, call abandon_step yourself.
         """
         try:
             return self._backward(log_probs, last, scale, token_counts, sample_ids)
@@ -389,8 +389,8 @@ class SSIUURegularizer:
         if absent and not self._warned_of_absent:
             self._warned_of_absent = True
             warn_user(
-                f"{len(absent)} of what is regularised is not in this step's graph, {absent[0]} for one, and so has no "
-                "attribution and no penalty in it. Said once; `last_step.absent` counts them"
+                f"{absent[0]} is not in this step's graph, and so has no attribution and no penalty in it; the same of "
+                f"{len(absent) - 1} others. This is said once, and `last_step.absent` counts them"
             )
 
 

@@ -224,25 +224,26 @@ def test_modules_that_overwrite_saved_tensors():
         SSIUURegularizer(model)
 
 
-def test_compiled_models_need_their_buffers(monkeypatch):
+def test_compiled_models_need_their_buffers():
     from torch._functorch import config
 
-    torch.compiler.reset()
-    monkeypatch.setattr(config, "donated_buffer", True)
     model = tiny_llama(torch.float32)
-    compiled = torch.compile(model)
-    regularizer = SSIUURegularizer(compiled, weight=1.0)
-    assert regularizer.parameter_names[0].startswith("model.layers.0.")
-    log_probs_of(compiled, batch()).sum().backward()
-    with pytest.raises(RuntimeError, match="donated_buffer = False"):
-        regularizer.backward(log_probs_of(compiled, batch()))
+    # torch's own way to set it: put back by monkeypatch, it is gone for the next one that compiles
+    with config.patch(donated_buffer=True):
+        torch.compiler.reset()
+        compiled = torch.compile(model)
+        regularizer = SSIUURegularizer(compiled, weight=1.0)
+        assert regularizer.parameter_names[0].startswith("model.layers.0.")
+        log_probs_of(compiled, batch()).sum().backward()
+        with pytest.raises(RuntimeError, match="donated_buffer = False"):
+            regularizer.backward(log_probs_of(compiled, batch()))
 
-    torch.compiler.reset()
-    monkeypatch.setattr(config, "donated_buffer", False)
-    log_probs_of(compiled, batch()).sum().backward()
-    model.zero_grad()
-    regularizer.backward(log_probs_of(compiled, batch()))
-    assert regularizer.last_step.negative_share > 0
+    with config.patch(donated_buffer=False):
+        torch.compiler.reset()
+        log_probs_of(compiled, batch()).sum().backward()
+        model.zero_grad()
+        regularizer.backward(log_probs_of(compiled, batch()))
+        assert regularizer.last_step.negative_share > 0
 
 
 @pytest.mark.parametrize("granularity", ["parameter", "neuron"])
@@ -282,9 +283,7 @@ def test_what_leaves_the_graph_is_warned_of_once(granularity):
     assert backward() == 0
     del model.model.layers[2]
     model.config.num_hidden_layers = 2
-    with pytest.warns(
-        UserWarning, match=r"7 of what is regularised is not in this step's graph, model\.layers\.2\."
-    ) as s:
+    with pytest.warns(UserWarning, match=r"model\.layers\.2\..* not in this step's graph.* 6 others") as s:
         assert backward() == 7
         model.model.layers.append(last)
         model.config.num_hidden_layers = 3
