@@ -12,7 +12,7 @@ from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
 from ssiuu_fast.references import StateDtype, required, state_dtype_name
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
-from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
+from ssiuu_fast.targets import TARGETS, check_log_probs, reference_item, target_sum
 from ssiuu_fast.warn import warn_user
 
 REFERENCES = ("previous", "initial")
@@ -221,14 +221,7 @@ class SSIUURegularizer:
 
     def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
-            if isinstance(item, Tensor):
-                item = (item,)
-            if not isinstance(item, tuple) or len(item) not in (1, 2, 3):
-                raise TypeError(
-                    f"set_reference was given a {type(item).__name__}: an item is log_probs, (log_probs, token_counts) "
-                    "or (log_probs, token_counts or None, sample_ids)"
-                )
-            log_probs, token_counts, sample_ids = (*item, None, None)[:3]
+            log_probs, token_counts, sample_ids = reference_item(item)
             check_log_probs(log_probs, self.target, token_counts)
             sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, True)
             target, underflows = target_sum(log_probs, self.target, token_counts)
