@@ -154,6 +154,11 @@ class UnlearnOptions:
         _require_above_zero(self, "learning_rate")
         if self.weight is not None and self.relative_weight is not None:
             raise ValueError("give weight or relative_weight, not both")
+        if self.granularity == "neuron" and self.state_dtype not in (None, "float32"):
+            raise ValueError(
+                f"state_dtype={self.state_dtype} is of no use with granularity=neuron, whose references are one fp32 "
+                "number a neuron (and sample): leave state_dtype out"
+            )
         split = self.micro_batch_size is not None and self.micro_batch_size < self.batch_size
         if self.granularity == "neuron" and self.reference == "previous" and split and self.method in (None, "ssiuu"):
             raise ValueError(
