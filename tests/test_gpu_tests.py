@@ -1,5 +1,6 @@
 """The tests for a GPU, as far as they can be run without one: they are found, and their checks pass on the CPU."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -71,6 +72,24 @@ def test_the_grid_of_penalty(backend):
     for seed in range(30):
         penalty_grid.check(penalty_grid.random_call(seed), CPU, backend, seed % 3, f"case {seed}")
         penalty_grid.check_poisoned(penalty_grid.random_call(seed, poison=True), CPU, backend, seed % 3, f"case {seed}")
+
+
+@BACKENDS
+def test_the_grid_that_triton_gets(backend):
+    met = [set(), set()]
+    for number, options in enumerate(penalty_grid.OPTIONS):
+        combinations = penalty_grid.covering(number)
+        assert len(combinations) == 6 and set(combinations) <= set(penalty_grid.COMBINATIONS)
+        assert [len(set(role)) for role in zip(*combinations, strict=True)] == [3, 3, 4, 3]
+        met[number % 2] |= {pair for row in combinations for pair in itertools.combinations(enumerate(row), 2)}
+        case = penalty_grid.case_of(combinations, options, number)
+        penalty_grid.check(case, CPU, backend, number % 3, f"options {options}")
+    # of four roles with 3, 3, 4 and 3 dtypes every two
+    assert len(met[0] | met[1]) == 3 * 3 * 3 + 3 * 3 * 4
+    for seed in range(30):
+        penalty_grid.check(penalty_grid.covered_call(seed), CPU, backend, seed % 3, f"case {seed}")
+        poisoned = penalty_grid.covered_call(seed, poison=True)
+        penalty_grid.check_poisoned(poisoned, CPU, backend, seed % 3, f"poisoned case {seed}")
 
 
 def test_the_grid_finds_what_is_wrong():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from neuron_grid import whole_numbers
 from penalty_cases import SINGLE
-from penalty_grid import MIXED, assert_equal, case_of, check
+from penalty_grid import MIXED, OPTIONS, assert_equal, case_of, check, covering
 
 from ssiuu_fast import ops
 from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalty_
@@ -142,6 +142,6 @@ def test_neuron_penalty_of_more_than_2_to_the_31_elements(device, backend):
 @BACKENDS
 def test_3000_small_tensors_of_mixed_dtypes(device, backend):
     combinations = [(SINGLE[i % 3], SINGLE[i % 2], (*SINGLE, "8bit")[i % 4], None) for i in range(12)]
-    options = {"first": False, "update_references": True, "one_sided": False, "weight": 0.5, "gradient_scale": 1.0}
+    combinations = combinations if backend == "cuda" else 2 * covering(2)
     sizes = [int(size) for size in torch.randint(4097, (997,), generator=torch.Generator().manual_seed(0))]
-    check(case_of(combinations * 250, options, 0, sizes=sizes), device, backend, MIXED, "3000 tensors")
+    check(case_of(combinations * 250, OPTIONS[2], 0, sizes=sizes), device, backend, MIXED, "3000 tensors")
