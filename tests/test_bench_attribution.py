@@ -24,7 +24,7 @@ def test_it_runs_with_and_without_captum(tmp_path):
     assert run.returncode == 0, run.stdout + run.stderr
     assert "outputs autograd doesn't keep (K, O, Q, down)" in run.stdout
     assert "not importable: no captum here" in run.stdout
-    assert run.stdout.count("goal 1.10") == 2
+    assert run.stdout.count("plain by the clock, goal 1.10") == 2
     found = {(row["contestant"], row["case"]): row for row in json.loads(rows.read_text())}
     assert len(found) == 6
     captum = found["captum", "tiny 2x32"]
