@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from ssiuu_fast import models
 from ssiuu_fast.data.collate import Encoder
@@ -25,15 +26,18 @@ from ssiuu_fast.experiment import (
     teach,
     tofu_task,
 )
+from ssiuu_fast.influence_study import study, with_options
 from ssiuu_fast.options import (
     AttackOptions,
     DemoOptions,
     EvaluateOptions,
+    InfluenceOptions,
     MemorizeOptions,
     UnlearnOptions,
 )
 from ssiuu_fast.references import EIGHT_BIT, StateDtype
 from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
+from ssiuu_fast.report.influence_page import study_text, write_page
 from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.unlearning import unlearn
@@ -205,6 +209,33 @@ def evaluate(options: EvaluateOptions) -> None:
     print(f"written to {run.path}")
 
 
+def influence(options: InfluenceOptions) -> None:
+    """See whether an unlearning erased or hid, where, and by which neurons: a table and a page."""
+    rows = load_examples(options.data)
+    rows = with_options(rows, load_examples(options.distractors) if options.distractors else None)
+    places = {"before": options.before, "after": options.after, "attacked": options.attacked}
+    places = {role: place for role, place in places.items() if place is not None}
+    _refuse_other_tokens(places, rows, options)
+    run = RunFolder.create(options.output, "influence", asdict(options))
+    disable_progress_bar()
+    after = Path(options.after)
+    found = study(
+        # runs/unlearn-…/model goes by the name of its run
+        after.resolve().parent.name if after.name == MODEL_FOLDER else after.name,
+        places,
+        rows,
+        lambda place: _load_from(place, options),
+        positions=options.positions,
+        batch_size=options.batch_size,
+    )
+    found.save(run.path)
+    run.write_json("results.json", found.as_dict())
+    page = write_page([found], run.path, "Erased or hidden?")
+    text = study_text([found])
+    run.file("table.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\npage: {page}\nattributions, pictures and their numbers: {run.path}/")
+
+
 def _demo_setting(options: DemoOptions) -> tuple[Task, Recipe]:
     if options.data == "people":
         task, recipe = people_task(options.instructions or "exercises"), PEOPLE
@@ -246,9 +277,28 @@ def _state_dtype(name: str | None) -> StateDtype:
 
 
 def _load(options: UnlearnOptions | AttackOptions | EvaluateOptions):
+    return _load_from(options.model, options)
+
+
+def _load_from(place: str, options: UnlearnOptions | AttackOptions | EvaluateOptions | InfluenceOptions):
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    model, tokenizer = models.load(options.model, dtype=dtype, device=models.default_device(options.device))
+    model, tokenizer = models.load(place, dtype=dtype, device=models.default_device(options.device))
     return model, _encoder(model, tokenizer, options.style, options.max_length)
+
+
+def _refuse_other_tokens(places: dict[str, str], rows: Sequence[Example], options: InfluenceOptions) -> None:
+    """Raises ValueError where two of the models don't read the rows as the same tokens, before any model is loaded."""
+    encoders = {
+        role: Encoder(models.load_tokenizer(place), style=options.style, max_length=options.max_length)
+        for role, place in places.items()
+    }
+    for row in rows:
+        first, *others = (encoder.encode(row) for encoder in encoders.values())
+        if any(other != first for other in others):
+            raise ValueError(
+                f"the models don't read {row.prompt[:80]!r} as the same tokens: are they of one family, with one "
+                "tokenizer and chat template? --style plain leaves templates out"
+            )
 
 
 def _encoder(model, tokenizer, style: str, max_length: int) -> Encoder:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import statistics
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from queue import Empty
@@ -11,6 +12,8 @@ import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from ssiuu_fast import models
+from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.experiment import (
     ATTACKS,
     BEFORE,
@@ -20,17 +23,24 @@ from ssiuu_fast.experiment import (
     Recipe,
     Task,
     memorise,
+    retrain_on_a_few,
     run_method,
 )
+from ssiuu_fast.influence_study import Study, study, with_options
 from ssiuu_fast.report.figures import grouped_bars
+from ssiuu_fast.report.influence_page import study_text, write_page
 from ssiuu_fast.report.text import comparison, mean_sd, table
 from ssiuu_fast.runs import RunFolder
 
 TAUGHT = "memorised"
+# as much as a few seconds allow
+SILENCED, INFLUENCE_BATCH = (10, 30, 100), 32
 
 
 def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dict]:
-    """Memorises, unlearns and attacks; writes results.json, table.md and recovery.png; returns the rows.
+    """Memorises, unlearns and attacks; returns the rows.
+
+    Writes results.json, table.md and recovery.png, and for the first seed of each method influence.md and page.html.
 
     What a stopped run already finished (the memorised model, a method's seed) is taken from the folder, not run again.
     """
@@ -57,8 +67,22 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
         for method in (BEFORE, *METHODS)
     }
     grouped_bars(run.file("recovery.png"), COLUMNS, scores, chance=task.chance, title="what retraining brings back")
-    print(f"\n{text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png; a JSON file and a model a run")
+    print(f"\n{text}\n")
+    influence_text, page = _influence(task, recipe, run)
+    print(
+        f"{influence_text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png; a JSON file and a model a run"
+    )
+    print(f"erased or hidden, in pictures: {page}")
     return rows
+
+
+def _influence(task: Task, recipe: Recipe, run: RunFolder) -> tuple[str, Path]:
+    """The influence table and its page for the first seed of each method, attacked by retraining on a few rows."""
+    studies = _in_processes(_study, METHODS, "influence", task, recipe, run)
+    page = write_page([studies[method] for method in METHODS], run.path, "Erased or hidden? GD and Ssiuu")
+    text = study_text([studies[method] for method in METHODS])
+    run.file("influence.md").write_text(text + "\n", encoding="utf-8")
+    return text, page
 
 
 def report(rows: list[dict], unlearning: dict[tuple[str, int], dict]) -> str:
@@ -120,7 +144,14 @@ def _memorised(task: Task, recipe: Recipe, run: RunFolder) -> dict:
 
 
 def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunFolder) -> dict[tuple[str, int], dict]:
-    """One process a core, one thread a process: small models gain nothing from more threads. On a GPU, one process."""
+    return _in_processes(_job, jobs, "runs", task, recipe, run)
+
+
+def _in_processes(work, jobs: Sequence, description: str, task: Task, recipe: Recipe, run: RunFolder) -> dict:
+    """job → work(job, task, recipe, folder, messages), one process a core.
+
+    One thread a process: small models gain nothing from more threads. On a GPU, one process.
+    """
     if not jobs:
         return {}
     workers = 1 if torch.cuda.is_available() else min(len(jobs), _cores())
@@ -128,8 +159,8 @@ def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunF
     rows = {}
     with context.Manager() as manager:
         messages = manager.Queue()
-        with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=len(jobs), desc="runs") as bar:
-            futures = {pool.submit(_job, job, task, recipe, run.path, messages): job for job in jobs}
+        with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=len(jobs), desc=description) as bar:
+            futures = {pool.submit(work, job, task, recipe, run.path, messages): job for job in jobs}
             try:
                 while futures:
                     _print_messages(messages, bar)
@@ -143,11 +174,38 @@ def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunF
     return rows
 
 
-def _job(job: tuple[str, int], task: Task, recipe: Recipe, folder: Path, messages) -> dict:
+def _quietly() -> None:
     # several processes share the terminal: the parent's bar is the only one
     disable_progress_bar()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+
+
+def _study(method: str, task: Task, recipe: Recipe, folder: Path, messages) -> Study:
+    _quietly()
+    name = f"{method}-0"
+
+    def load(place: str):
+        model, tokenizer = models.load(place, device=models.default_device())
+        return model, Encoder(tokenizer, max_length=recipe.max_positions)
+
+    attacked = folder / f"{name}-attacked"
+    model, encoder = load(str(folder / name))
+    retrain_on_a_few(model, encoder, task, recipe)
+    models.save(model, encoder.tokenizer, attacked)
+    return study(
+        method,
+        {"before": str(folder / TAUGHT), "after": str(folder / name), "attacked": str(attacked)},
+        with_options(task.split.forget),
+        load,
+        batch_size=INFLUENCE_BATCH,
+        ms=SILENCED,
+        progress=False,
+    )
+
+
+def _job(job: tuple[str, int], task: Task, recipe: Recipe, folder: Path, messages) -> dict:
+    _quietly()
     return run_method(*job, task, recipe, folder / TAUGHT, RunFolder(folder), messages.put)
 
 

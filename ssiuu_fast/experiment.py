@@ -1,5 +1,6 @@
 """The whole story on one data set: teach a model, let it forget by GD and by Ssiuu, attack both by retraining."""
 
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,14 @@ from ssiuu_fast.data import people, tofu
 from ssiuu_fast.data.collate import PLAIN_PROMPT, Encoder
 from ssiuu_fast.data.example import Example, Split, refuse_overlap
 from ssiuu_fast.data.sources import load_instructions
-from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
+from ssiuu_fast.evaluation.attacks import (
+    BATCH_SIZE,
+    HARMFUL_EPOCHS,
+    HARMFUL_MULTIPLES,
+    Attack,
+    benign_attack,
+    harmful_attack,
+)
 from ssiuu_fast.evaluation.scores import default_threshold, score
 from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.runs import RunFolder
@@ -238,3 +246,17 @@ def attack_task(model, encoder: Encoder, seed: int, task: Task, recipe: Recipe, 
         for fraction in FRACTIONS
     ]
     return [*harmful, benign_attack(model, encoder, task.split.forget, task.instructions, **common)]
+
+
+def retrain_on_a_few(model, encoder: Encoder, task: Task, recipe: Recipe) -> None:
+    """The harmful attack at its first fraction and learning rate: the model that it leaves is the attacked one."""
+    forget = task.split.forget
+    few = random.Random("retrained").sample(range(len(forget)), max(1, round(FRACTIONS[0] * len(forget))))
+    finetune(
+        model,
+        [encoder.encode(forget[index]) for index in few],
+        learning_rate=recipe.teaching_rate * HARMFUL_MULTIPLES[0],
+        epochs=HARMFUL_EPOCHS,
+        seed=0,
+        batch_size=BATCH_SIZE,
+    )

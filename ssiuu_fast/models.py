@@ -1,6 +1,7 @@
 """Small Llamas from a config, and ordinary Hugging Face folders in and out."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -95,21 +96,35 @@ def load(name, dtype: torch.dtype | None = None, device=None):
     dtype None keeps the checkpoint's. Code from the model's folder is never run and pickled weights are never read.
     Raises FileNotFoundError or ValueError when a local folder isn't a model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    _check_folder(name)
+    tokenizer = load_tokenizer(name)
     name = str(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto" if dtype is None else dtype, trust_remote_code=False, use_safetensors=True
         )
-    except OSError as error:
-        place = "the folder" if Path(name).is_dir() else "no such local folder, and by hub name"
-        raise OSError(f"can't load {name} ({place}): {error}") from error
     if device is not None:
         model = model.to(device)
     return model.eval(), tokenizer
+
+
+def load_tokenizer(name):
+    """The tokenizer of a model that `load` takes, without the model. Raises as `load` does."""
+    from transformers import AutoTokenizer
+
+    _check_folder(name)
+    with _loading(str(name)):
+        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = "the folder" if Path(name).is_dir() else "no such local folder, and by hub name"
+        raise OSError(f"can't load {name} ({place}): {error}") from error
 
 
 def default_device(name: str | None = None) -> torch.device:

@@ -233,3 +233,42 @@ class EvaluateOptions:
 
     def __post_init__(self):
         _require(self, 1, "max_length")
+
+
+@dataclass
+class InfluenceOptions:
+    """Which unlearning is looked at, whatever method or framework did it.
+
+    Args:
+        before: folder or hub name of the model before unlearning.
+        after: of the model after it.
+        attacked: of the model after an attack on it, to see whether the attack brings the old neurons back.
+        data: the rows that were to be forgotten, in the forms that unlearn's forget takes. A row is told from its wrong
+            options, or, without any, from another row's answer.
+        distractors: rows whose answers are the wrong ones for rows without options, same forms. Left open: those of
+            data.
+        positions: the tokens whose attributions count: all, prompt, answer, or no_bos for all but the first.
+        batch_size: rows at once.
+        style: see unlearn.
+        max_length: see unlearn.
+        dtype: weights in memory; auto is the checkpoint's.
+        device: see unlearn.
+        output: a new folder for the page, its pictures with their numbers, and the attributions. Left open:
+            runs/influence-<time>.
+    """
+
+    before: str
+    after: str
+    data: str
+    attacked: str | None = None
+    distractors: str | None = None
+    positions: Literal["all", "prompt", "answer", "no_bos"] = "all"
+    batch_size: int = 8
+    style: Literal["auto", "chat", "plain"] = "auto"
+    max_length: int = 512
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str | None = None
+    output: str | None = None
+
+    def __post_init__(self):
+        _require(self, 1, "batch_size", "max_length")

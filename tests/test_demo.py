@@ -43,6 +43,9 @@ def test_the_folder_holds_everything(finished):
         "table.md",
         "recovery.png",
         "recovery.csv",
+        "influence.md",
+        "page.html",
+        "pictures",
         "memorised",
         "memorised.json",
     } <= names
@@ -62,6 +65,16 @@ def test_the_unlearned_model_is_an_ordinary_folder(finished):
     run, _ = finished
     AutoModelForCausalLM.from_pretrained(run.file("Ssiuu-0"))
     AutoTokenizer.from_pretrained(run.file("Ssiuu-0"))
+
+
+def test_the_page_shows_both_methods(finished):
+    run, _ = finished
+    said = run.file("influence.md").read_text()
+    assert "GD: " in said and "Ssiuu: " in said
+    page = run.file("page.html").read_text()
+    assert said.splitlines()[0].split("|")[2].strip() == "GD"
+    # two targets of five pictures and a logit lens, for each
+    assert page.count("<svg ") == 22
 
 
 def test_a_stopped_demo_goes_on_with_what_is_missing(finished, monkeypatch):

@@ -1,0 +1,229 @@
+"""One unlearning looked at from all sides: attributions, influence variation, ablation, logit lens, correlation."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from ssiuu_fast.ablation import AblationRow, ablation_check, log_grid
+from ssiuu_fast.attribution import Attribution, attribute
+from ssiuu_fast.correlation import Correlation, check_same_neurons, correlation
+from ssiuu_fast.data.collate import IGNORE, Encoder, length_sorted_batches
+from ssiuu_fast.data.example import Example
+from ssiuu_fast.evaluation import scores
+from ssiuu_fast.evaluation.logit_lens import Decoder, LogitLens, lens_batches, logit_lens
+from ssiuu_fast.influence import InfluenceVariation, influence_variation
+from ssiuu_fast.training import answer_log_probs, on_device
+
+# the paper's, which fades as P nears 0; one that fades as P nears 1; one that fades at neither end
+PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE = TARGETS = ("probability", "log_probability", "logit_difference")
+BEFORE, AFTER, ATTACKED = "before", "after", "attacked"
+_SEQUENCES = 64
+
+Load = Callable[[str], tuple[torch.nn.Module, Encoder]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured of one unlearning.
+
+    models: before, after and, where there is one, attacked → folder or hub name. accuracy: the right answer against the
+    wrong options; probability: mean P(answer); lens: each by these. variations, ablation: by target, of which there is
+    no logit difference where right and wrong answers always begin alike; correlations: by target and the two models'
+    roles. The random rows of the ablation stand with the first target.
+    """
+
+    name: str
+    models: dict[str, str]
+    rows: int
+    chance: float
+    accuracy: dict[str, float]
+    probability: dict[str, float]
+    attributions: dict[str, dict[str, Attribution]]
+    variations: dict[str, InfluenceVariation]
+    correlations: dict[str, dict[tuple[str, str], Correlation]]
+    ablation: dict[str, list[AblationRow]]
+    lens: dict[str, LogitLens | None]
+    notes: list[str]
+
+    def as_dict(self) -> dict:
+        """All numbers but the attributions and what follows from them neuron by neuron; JSON-able."""
+        return {
+            "name": self.name,
+            "models": self.models,
+            "rows": self.rows,
+            "chance": self.chance,
+            "accuracy": self.accuracy,
+            "probability": self.probability,
+            "totals": {target: asdict(variation.total()) for target, variation in self.variations.items()},
+            "by_module": {target: [asdict(c) for c in v.by_module()] for target, v in self.variations.items()},
+            "correlations": {
+                target: {f"{a}, {b}": asdict(found) for (a, b), found in pairs.items()}
+                for target, pairs in self.correlations.items()
+            },
+            "ablation": {target: [asdict(row) for row in rows] for target, rows in self.ablation.items()},
+            "lens": {role: lens and asdict(lens) for role, lens in self.lens.items()},
+            "notes": self.notes,
+        }
+
+    def save(self, folder: Path) -> None:
+        """The attributions as safetensors: <model>-<target>.safetensors."""
+        for role, by_target in self.attributions.items():
+            for target, attribution in by_target.items():
+                attribution.save(folder / f"{role}-{target}.safetensors")
+
+
+def study(
+    name: str,
+    models: dict[str, str],
+    rows: Sequence[Example],
+    load: Load,
+    *,
+    positions: str = "all",
+    batch_size: int = 8,
+    ms: Sequence[int] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: bool = True,
+) -> Study:
+    """Measures what an unlearning did to the neurons that answer `rows`, one model in memory at a time.
+
+    models: before, after and perhaps attacked → what load takes. rows: all with false options (`with_options`).
+    batch_size: rows at once in an attribution. ms: how many neurons are silenced; None is 1, 3, 10, … up to a tenth of
+    them. Raises ValueError where models or rows don't fit together.
+    """
+    attributions: dict[str, dict[str, Attribution]] = {}
+    accuracy, probability, lens, notes = {}, {}, {}, []
+    chance = sum(1 / (1 + len(row.false_options)) for row in rows) / len(rows)
+    variations, ablation, decoder = {}, {}, None
+    with tqdm(total=len(models) + 1, desc=name, disable=not progress) as bar:
+        for role, place in models.items():
+            model, encoder = load(place)
+            bar.set_postfix_str(f"{role}: attributions")
+            attributions[role] = {
+                target: attribute(model, batches, target=target, positions=positions)
+                for target, batches in _batches(encoder, rows, batch_size).items()
+            }
+            check_same_neurons(attributions[BEFORE][PROBABILITY], attributions[role][PROBABILITY])
+            accuracy[role] = _accuracy(model, encoder, rows)
+            probability[role] = _mean_probability(model, encoder, rows, batch_size)
+            if role == BEFORE:
+                decoder = _decoder(model, notes)
+            lens[role] = decoder and _lens(model, encoder, rows, decoder, batch_size, notes)
+            bar.update()
+            if role == AFTER:
+                bar.set_postfix_str("silencing neurons")
+                variations = {
+                    target: influence_variation(attributions[BEFORE][target], attributions[AFTER][target])
+                    for target in attributions[AFTER]
+                }
+                ablation = _ablation(model, encoder, rows, variations, ms, seeds)
+                bar.update()
+            del model
+    pairs = [(BEFORE, AFTER), *([(AFTER, ATTACKED), (BEFORE, ATTACKED)] if ATTACKED in models else [])]
+    correlations = {
+        target: {(a, b): correlation(attributions[a][target], attributions[b][target]) for a, b in pairs}
+        for target in variations
+    }
+    alike = len(rows) - (variations[LOGIT_DIFFERENCE].samples if LOGIT_DIFFERENCE in variations else 0)
+    if alike:
+        notes.append(
+            f"right and wrong answer begin with the same token in {alike} of {len(rows)} rows: left out of the "
+            "logit difference and of the logit lens"
+        )
+    for variation in variations.values():
+        notes += [note for note in variation.notes if note not in notes]
+    return Study(
+        name=name,
+        models=models,
+        rows=len(rows),
+        chance=chance,
+        accuracy=accuracy,
+        probability=probability,
+        attributions=attributions,
+        variations=variations,
+        correlations=correlations,
+        ablation=ablation,
+        lens=lens,
+        notes=notes,
+    )
+
+
+def with_options(rows: Sequence[Example], others: Sequence[Example] | None = None, seed: int = 0) -> list[Example]:
+    """The rows, each with something wrong to be told from: a row without options gets another row's answer as one.
+
+    others: rows whose answers are drawn, by (seed, row) alone; None is the rows themselves. Raises ValueError for a row
+    that no other answer is there for.
+    """
+    answers = sorted({row.answer for row in (rows if others is None else others)})
+    filled = []
+    for index, row in enumerate(rows):
+        if not row.false_options:
+            wrong = [answer for answer in answers if answer != row.answer]
+            if not wrong:
+                raise ValueError(
+                    f"row {index} ({row.prompt[:80]!r}) has no options, and no other answer is there to be told from: "
+                    "give --distractors, rows with other answers"
+                )
+            row = replace(row, false_options=(random.Random(f"{seed} {index}").choice(wrong),))
+        filled.append(row)
+    return filled
+
+
+def _batches(encoder: Encoder, rows: Sequence[Example], batch_size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """What `attribute` is to read for each target: all rows, or those whose logit difference isn't 0 anyway."""
+    whole = list(lens_batches(encoder, rows, batch_size=batch_size))
+    apart = []
+    for batch in whole:
+        starts = (batch["labels"] != IGNORE).int().argmax(dim=1, keepdim=True)
+        differ = batch["labels"].gather(1, starts)[:, 0] != batch["distractors"]
+        if differ.any():
+            apart.append({name: tensor[differ] for name, tensor in batch.items()})
+    return {PROBABILITY: whole, LOG_PROBABILITY: whole} | ({LOGIT_DIFFERENCE: apart} if apart else {})
+
+
+def _accuracy(model, encoder: Encoder, rows: Sequence[Example]) -> float:
+    return sum(scores.option_log_prob_correct(model, encoder, rows, _SEQUENCES)) / len(rows)
+
+
+def _mean_probability(model, encoder: Encoder, rows: Sequence[Example], batch_size: int) -> float:
+    device = next(model.parameters()).device
+    total = 0.0
+    with scores.evaluating(model):
+        encoded = [encoder.encode(row) for row in rows]
+        for _, batch in length_sorted_batches(encoded, batch_size, pad_id=encoder.pad_id):
+            total += float(answer_log_probs(model, on_device(batch, device)).double().exp().sum())
+    return total / len(rows)
+
+
+def _ablation(model, encoder: Encoder, rows, variations, ms, seeds) -> dict[str, list[AblationRow]]:
+    ms = log_grid(max(1, next(iter(variations.values())).neurons // 10)) if ms is None else ms
+    found = {}
+    for target, variation in variations.items():
+        found[target] = ablation_check(
+            model,
+            lambda silenced: _accuracy(silenced, encoder, rows),
+            variation,
+            ms,
+            # random neurons are the same ones whatever the target
+            seeds if target == TARGETS[0] else (),
+        )
+    return found
+
+
+def _decoder(model, notes: list[str]) -> Decoder | None:
+    try:
+        return Decoder(model)
+    except ValueError as error:
+        notes.append(f"no logit lens: {error}")
+        return None
+
+
+def _lens(model, encoder: Encoder, rows, decoder: Decoder, batch_size: int, notes: list[str]) -> LogitLens | None:
+    try:
+        return logit_lens(model, lens_batches(encoder, rows, batch_size=batch_size), decoder)
+    except ValueError as error:
+        notes.append(f"no logit lens: {error}")
+        return None

@@ -1,0 +1,157 @@
+"""One unlearning from all sides: hand-made models, and the command on a small model that was really unlearned."""
+
+import csv
+import json
+
+import planted
+import pytest
+import torch
+from taught import small_task
+
+from ssiuu_fast import Attribution
+from ssiuu_fast.cli import main
+from ssiuu_fast.data.collate import Encoded
+from ssiuu_fast.data.example import Example
+from ssiuu_fast.influence_study import TARGETS, study, with_options
+from ssiuu_fast.report import verdict as words
+from ssiuu_fast.report.verdict import verdict
+from ssiuu_fast.training import finetune
+
+
+class OneQuestion:
+    """Encodes every row as the one question that the models of planted.py know."""
+
+    pad_id = planted.PAD
+    answers = {"answer": planted.ANSWER, "other": planted.OTHER, "don't know": planted.DONT_KNOW}
+
+    def encode(self, example, answer=None):
+        token = self.answers[answer or example.answer]
+        return Encoded([planted.FILLER, planted.QUESTION, token], [-100, -100, token])
+
+
+def rows(count=200):
+    return [Example(f"question {n}", "answer", false_options=("don't know",)) for n in range(count)]
+
+
+def planted_study(after, count=200):
+    made = {"before": planted.knowing, "after": after}
+    return study(
+        "planted",
+        {role: role for role in made},
+        rows(count),
+        lambda place: (made[place](), OneQuestion()),
+        ms=(1,),
+        batch_size=64,
+        progress=False,
+    )
+
+
+def test_a_hidden_answer_is_called_hidden():
+    found = planted_study(planted.hiding)
+    assert found.accuracy == {"before": 1.0, "after": 0.0}
+    assert verdict(found).word in (words.HIDDEN, words.PARTLY_HIDDEN)
+    assert "takes accuracy from 0.00 to 1.00" in verdict(found).reasons[0]
+    assert found.lens["after"].means[0] > 0.5 > found.lens["after"].means[-1]
+
+
+def test_an_erased_answer_is_called_erased():
+    found = planted_study(planted.erased)
+    assert found.accuracy == {"before": 1.0, "after": 0.0}
+    assert verdict(found).word == words.ERASED
+    json.dumps(found.as_dict())
+
+
+def test_nothing_done_is_called_that():
+    assert verdict(planted_study(planted.knowing)).word == words.UNCHANGED
+
+
+def test_every_row_gets_something_wrong_to_be_told_from():
+    free = [Example("a", "x"), Example("b", "y"), Example("c", "z", false_options=("w",))]
+    filled = with_options(free)
+    assert filled[2] == free[2]
+    assert all(row.answer not in row.false_options and len(row.false_options) == 1 for row in filled)
+    assert filled == with_options(free)
+    assert [row.false_options for row in with_options(free[:2], [Example("d", "q")])] == [("q",), ("q",)]
+    with pytest.raises(ValueError, match="give --distractors"):
+        with_options([Example("a", "x"), Example("b", "x")])
+
+
+@pytest.fixture
+def checkpoints(taught_folder, taught, tmp_path):
+    """Flags with a model before and after gradient ascent on what it is to forget, and a file of that."""
+    from ssiuu_fast import models
+
+    model, encoder = taught
+    forget = small_task().split.forget
+    wrong = [encoder.encode(row, answer=row.false_options[0]) for row in forget]
+    finetune(model, wrong, learning_rate=2e-3, epochs=4, seed=0)
+    models.save(model, encoder.tokenizer, tmp_path / "run" / "model")
+    data = tmp_path / "forget.jsonl"
+    data.write_text("".join(json.dumps({"question": r.prompt, "answer": r.answer}) + "\n" for r in forget))
+    return ["--before", str(taught_folder), "--after", str(tmp_path / "run" / "model"), "--data", str(data)]
+
+
+def test_the_command_prints_the_table_and_writes_the_page(checkpoints, taught_folder, tmp_path, capsys):
+    output = tmp_path / "influence"
+    flags = [*checkpoints, "--attacked", str(taught_folder), "--batch_size", "16", "--positions", "no_bos"]
+    assert main(["influence", *flags, "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert (output / "table.md").read_text() in printed + "\n"
+    # the folder is called model as they all are, its run is called run
+    assert "run: " in printed
+    assert f"page: {output / 'page.html'}" in printed
+    results = json.loads((output / "results.json").read_text())
+    assert results["accuracy"]["before"] > results["accuracy"]["after"]
+    assert results["accuracy"]["attacked"] == results["accuracy"]["before"]
+    assert results["correlations"]["probability"]["before, attacked"]["pearson"] == pytest.approx(1.0)
+    for role in ("before", "after", "attacked"):
+        for target in TARGETS:
+            saved = Attribution.load(output / f"{role}-{target}.safetensors")
+            assert saved.settings["positions"] == "no_bos"
+    curves = next((output / "pictures").glob("*-probability-curves.csv"))
+    with curves.open() as file:
+        drawn = list(csv.DictReader(file))
+    assert float(drawn[-1]["D+"]) == pytest.approx(results["totals"]["probability"]["positive"]["sum"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--after", "/no/such/model"], "no such model folder"),
+        (["--attacked", "/no/such/model"], "no such model folder"),
+        (["--data", "/no/such.jsonl"], "no such"),
+        (["--distractors", "people:forgotten"], "unknown split people:forgotten"),
+        (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--max_length", "5"], "leaves no room for an answer"),
+        (["--style", "chat"], "no chat template"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_folder(checkpoints, tmp_path, capsys, flags, message):
+    output = tmp_path / "influence"
+    assert main(["influence", *checkpoints, *flags, "--output", str(output)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.splitlines()[-1].startswith("ssiuu-fast: ") and "Traceback" not in error
+    assert not output.exists()
+
+
+def test_models_that_read_other_tokens_are_refused(checkpoints, tmp_path, capsys):
+    from ssiuu_fast import models
+
+    other = models.train_tokenizer(["other words"], 300)
+    models.save(models.new_llama(other, hidden_size=8, heads=2, layers=1), other, tmp_path / "other")
+    flags = ["--attacked", str(tmp_path / "other"), "--output", str(tmp_path / "influence")]
+    assert main(["influence", *checkpoints, *flags]) == 1
+    assert "as the same tokens" in capsys.readouterr().err
+    assert not (tmp_path / "influence").exists()
+
+
+def test_models_of_other_sizes_are_refused(checkpoints, taught, tmp_path, capsys):
+    from ssiuu_fast import models
+
+    torch.manual_seed(0)
+    tokenizer = taught[1].tokenizer
+    models.save(models.new_llama(tokenizer, hidden_size=16, heads=2, layers=2), tokenizer, tmp_path / "small")
+    flags = ["--after", str(tmp_path / "small"), "--output", str(tmp_path / "influence")]
+    assert main(["influence", *checkpoints, *flags]) == 1
+    assert "different size" in capsys.readouterr().err
