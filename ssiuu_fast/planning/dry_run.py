@@ -1,6 +1,6 @@
-"""A step of unlearning on fake tensors: what is alive when, and how many operations it asks for.
+"""A step of unlearning or attribution on fake tensors: what is alive when, and how many operations it asks for.
 
-The steps follow unlearning.py, regularizer.py and the two grains line by line, without what makes no memory of size.
+The steps follow unlearning.py with the two grains, and attribution.py, without what makes no memory of size;
 tests/planning holds them to the real ones.
 """
 
@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from ssiuu_fast import engines
+from ssiuu_fast.attribution_taps import AttributionTaps
 from ssiuu_fast.ops.sequence_log_probs import SequenceLogProbs
 from ssiuu_fast.planning.live_memory import LiveMemory
 from ssiuu_fast.planning.skeleton import Skeleton
-from ssiuu_fast.selection import select_modules
+from ssiuu_fast.selection import select_modules, select_parameters
 from ssiuu_fast.taps import PendingInjections, TappedOutput, Taps
 
 FORWARD = "forward of the forget rows"
+FORWARD_ALONE = "forward"
 TARGET = "backward of the target"
 LOSS = "backward of the loss"
 RETAIN_FORWARD = "forward of the retain rows"
@@ -58,9 +60,9 @@ def unlearning_step(skeleton: Skeleton, workload: Workload, grain: str | None) -
     with _recording(skeleton) as record:
         penalty = None
         if grain == "neuron":
-            penalty = _NeuronPenalty(skeleton, record)
+            penalty = _NeuronPenalty(skeleton)
         elif grain == "parameter":
-            penalty = _ParameterPenalty(skeleton, record)
+            penalty = _ParameterPenalty(skeleton)
         before = record.memory.flops
         # from the second micro-batch on, all are alike
         for part in range(2 if workload.split else 1):
@@ -80,6 +82,26 @@ def unlearning_step(skeleton: Skeleton, workload: Workload, grain: str | None) -
             log_probs.sum().backward()
         flops = record.memory.flops * workload.batch_size // workload.rows_at_once
     return DryRun(record.phases, kept, flops)
+
+
+def attribution(skeleton: Skeleton, workload: Workload) -> DryRun:
+    """One batch of `rows_at_once` rows, whose answers may begin anywhere: all logits are formed."""
+    model = skeleton.model
+    with _recording(skeleton) as record:
+        # dropout is off in evaluation mode, and so are checkpoints: attribution turns those back on by themselves
+        model.train(getattr(model, "is_gradient_checkpointing", False))
+        model.requires_grad_(False)
+        try:
+            taps = AttributionTaps(select_modules(model, None), lambda name, hidden, gradient: None)
+            with taps.attached():
+                with record.phase(FORWARD_ALONE):
+                    log_probs = _log_probs(skeleton, workload)
+                kept = record.memory.bytes()
+                with record.phase(TARGET):
+                    taps.backward(log_probs.sum())
+        finally:
+            model.requires_grad_(True)
+    return DryRun(record.phases, kept, record.memory.flops)
 
 
 class _Record:
@@ -114,9 +136,7 @@ def _recording(skeleton: Skeleton) -> Iterator[_Record]:
 class _ParameterPenalty:
     """parameter_grain.py: g of the regularised parameters, summed over micro-batches; the last one becomes `.grad`."""
 
-    def __init__(self, skeleton: Skeleton, record: _Record):
-        from ssiuu_fast.selection import select_parameters
-
+    def __init__(self, skeleton: Skeleton):
         self._parameters = list(select_parameters(skeleton.model, None).values())
         self._sums: list[Tensor | None] = []
 
@@ -138,7 +158,7 @@ class _ParameterPenalty:
 class _NeuronPenalty:
     """neuron_grain.py: one tensor of each tapped output waits for the loss's own backward pass."""
 
-    def __init__(self, skeleton: Skeleton, record: _Record):
+    def __init__(self, skeleton: Skeleton):
         self._taps = Taps(select_modules(skeleton.model, None))
         # the first graph that is measured shows which outputs the model overwrites; those alone stay copied
         target = _log_probs(skeleton, Workload(1, 1, 2)).sum()
