@@ -2,8 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ssiuu_fast import engines
 from ssiuu_fast.attribution_batch import POSITIONS, TARGETS, AttributionBatch, new_hash
 from ssiuu_fast.attribution_means import REPLICATES, ROLES, SEED, StreamingMeans
 from ssiuu_fast.attribution_taps import AttributionTaps, overwriting_explained
+from ssiuu_fast.frozen import frozen, refuse_reentrant
 from ssiuu_fast.ops import neuron_attribution
 from ssiuu_fast.sites import KINDS, Place, Site, find_sites
 
@@ -149,11 +149,14 @@ def attribute(
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
     model = engines.unwrap(model)
     engines.refuse_compiled(model)
-    reading = _Reading(model, find_sites(model, modules), target, positions)
-    with _frozen(model), reading.taps.attached(), torch.inference_mode(False), torch.enable_grad():
-        for batch in batches:
-            reading.read(batch)
-    return reading.result()
+    refuse_reentrant(model)
+    places = find_sites(model, modules)
+    with torch.inference_mode(False), torch.enable_grad():
+        reading = _Reading(model, places, target, positions)
+        with frozen(model), reading.taps.attached():
+            for batch in batches:
+                reading.read(batch)
+        return reading.result()
 
 
 class _Reading:
@@ -251,39 +254,3 @@ def _input_device(model: nn.Module) -> torch.device:
     if parameter is None or parameter.device.type == "meta":
         return getattr(model, "device", torch.device("cpu"))
     return parameter.device
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode with no parameter requiring grad; afterwards as it was.
-
-    Blocks that are to be checkpointed look at their own mode, and don't in evaluation: they alone stay in training
-    mode until their forward begins.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    training = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = []
-    try:
-        model.eval()
-        for parameter in training:
-            parameter.requires_grad_(False)
-        for module, _ in modes:
-            if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-                module.training = True
-                handles.append(module.register_forward_pre_hook(_mode(False)))
-                handles.append(module.register_forward_hook(_mode(True), always_call=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in training:
-            parameter.requires_grad_(True)
-        for module, was_training in modes:
-            module.training = was_training
-
-
-def _mode(training: bool):
-    def switch(module: nn.Module, *_) -> None:
-        module.training = training
-
-    return switch

@@ -20,8 +20,8 @@ ROLES = ("max", "positive_max", "min")
 class StreamingMeans:
     """Σ over samples of max_k A, max(max_k A, 0) and min_k A of every neuron, and of every site in each replicate.
 
-    Memory: 24 bytes a neuron (float64) on the device of the module's output, 19 MB for Llama-3.2-3B, however many samples
-    there are; and 3 · 200 numbers a site.
+    Memory: 24 bytes a neuron (float64) on the device of the module's output, 19 MB for Llama-3.2-3B, for any number of
+    samples; and 3 · 200 numbers a site.
     """
 
     def __init__(self, places: dict[Site, Place]):

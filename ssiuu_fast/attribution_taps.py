@@ -70,8 +70,8 @@ class AttributionTaps:
     def _unseen(self, missing: list[str]) -> str:
         return (
             f"{len(missing)} of {len(self._modules)} tapped modules took no part in the answer's log-probability "
-            f"(the first is {missing[0]}). Choose those that do by modules=[...]. Or is the model checkpointed? "
-            f"{engines.REENTRANT_REMEDY}"
+            f"(the first is {missing[0]}): they were never called, or what they put out went nowhere. Choose those "
+            "that do by modules=[...]"
         )
 
 

@@ -34,12 +34,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def refuse_compiled(model: nn.Module) -> None:
+def refuse_compiled(model: nn.Module, otherwise: str = "") -> None:
+    """otherwise: what else the caller may do, as the end of the message."""
     for name, module in model.named_modules():
         if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
             raise ValueError(
                 f"{name or 'the model'} is compiled: taps are forward hooks on its linear modules, which a compiled "
-                "graph leaves out or breaks at. Give the model before torch.compile, or use granularity='parameter'"
+                f"graph leaves out or breaks at. Give the model before torch.compile{otherwise}"
             )
 
 
@@ -92,8 +93,8 @@ def _refuse_module(name: str, module: nn.Module) -> None:
         raise ValueError(f"{name} is a DeepSpeedEngine, which owns the backward pass: it is not supported")
     for origin in origins & {"liger_kernel", "unsloth", "unsloth_zoo"}:
         raise ValueError(
-            f"{name} ({kind}) comes from {origin}, which overwrites saved tensors in its backward: the second backward "
-            "over one graph would be silently wrong. Load the model without it"
+            f"{name} ({kind}) comes from {origin}, which overwrites outputs and saved tensors in place: what a tap "
+            "sees, and a second backward over one graph, would be silently wrong. Load the model without it"
         )
 
 

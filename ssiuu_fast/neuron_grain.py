@@ -28,7 +28,7 @@ class NeuronGrain:
     ):
         if not isinstance(model, nn.Module):
             raise ValueError("granularity='neuron' taps the outputs of modules: give the model, not its parameters")
-        engines.refuse_compiled(model)
+        engines.refuse_compiled(model, ", or use granularity='parameter'")
         model = engines.unwrap(model)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:

@@ -63,3 +63,41 @@ def log_probs_of(model, rows):
     return sequence_log_probs(
         model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits, rows["labels"]
     )
+
+
+def tiny_model(architecture, dtype=torch.float64, seed=0, **config):
+    """A tiny causal model of an architecture that transformers knows ("qwen2"), heads of size 8."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    sizes = {
+        "vocab_size": 48,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 32,
+        "initializer_range": 0.3,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    config = AutoConfig.for_model(architecture, **(sizes | config))
+    return AutoModelForCausalLM.from_config(config).to(dtype).train()
+
+
+def exactly(model):
+    """The model with norms in its own dtype: those of Llama and its kin compute in fp32 whatever they are given."""
+
+    def forward(norm):
+        def normalised(hidden):
+            return norm.weight * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+        return normalised
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = forward(module)
+    return model
