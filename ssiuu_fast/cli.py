@@ -11,11 +11,12 @@ COMMANDS = {
     "unlearn": ("unlearn_command", "UnlearnOptions"),
     "attack": ("attack", "AttackOptions"),
     "evaluate": ("evaluate", "EvaluateOptions"),
+    "plan": ("plan", "PlanOptions"),
 }
 DESCRIPTION = (
     "Unlearning that erases instead of hiding. `info` shows what was built and can run here; `demo` tells the whole "
     "story on invented people; `memorize`, `unlearn`, `attack` and `evaluate` are its steps, for your own model and "
-    "data."
+    "data; `plan` tells beforehand what they will need."
 )
 
 

@@ -30,8 +30,10 @@ from ssiuu_fast.options import (
     DemoOptions,
     EvaluateOptions,
     MemorizeOptions,
+    PlanOptions,
     UnlearnOptions,
 )
+from ssiuu_fast.planning.plan import Plan
 from ssiuu_fast.references import EIGHT_BIT, StateDtype
 from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.report.text import mean_sd, table
@@ -203,6 +205,11 @@ def evaluate(options: EvaluateOptions) -> None:
     run.write_json("results.json", {"kind": kind, "mean": mean, "values": values})
     print(table(["data", "rows", kind], [[options.data, str(len(rows)), f"{mean:.4f}"]]))
     print(f"written to {run.path}")
+
+
+def plan(options: PlanOptions) -> None:
+    """Print the memory and the time that attribution, unlearning and the penalty will need, before anything runs."""
+    print(Plan.of(options).text())
 
 
 def _demo_setting(options: DemoOptions) -> tuple[Task, Recipe]:

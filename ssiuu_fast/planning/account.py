@@ -16,10 +16,10 @@ counted on a dry run of the model itself (dry_run.py). docs/memory.md has the fo
 The peak is the states plus the largest of the phases of a step.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ssiuu_fast.ops.blockwise8 import BLOCK
-from ssiuu_fast.planning.dry_run import DryRun, Workload, attribution, unlearning_step
+from ssiuu_fast.planning.dry_run import Workload, attribution, unlearning_step
 from ssiuu_fast.planning.skeleton import Skeleton
 
 OPTIMIZER = "optimizer"
@@ -30,20 +30,20 @@ KEEPING = "keeping the best weights"
 class Need:
     """The memory and the work of one kind of run.
 
-    states: bytes that are there throughout. phases: the most bytes beside them, by phase of a step. shared: bytes of
-    the gradients, which sharding divides like the states. flops: of a step. moved: bytes that optimizer and penalty
-    read and write in a step.
+    states: bytes that are there throughout. phases: the most bytes beside them, by phase of a step. kept: bytes of the
+    activations that autograd keeps of one forward pass. gradients, sums: bytes of the gradients, and of Σg and g beside
+    them, all in the phases. flops: of a step. moved: bytes that optimizer and penalty read and write in a step. host:
+    bytes in host memory where that is another one.
     """
 
-    name: str
     states: dict[str, int]
     phases: dict[str, int]
     kept: int
     flops: int
     moved: float = 0.0
     gradients: int = 0
+    sums: int = 0
     host: int = 0
-    notes: list[str] = field(default_factory=list)
 
     @property
     def phase(self) -> str:
@@ -60,7 +60,7 @@ def attribution_need(skeleton: Skeleton, workload: Workload) -> Need:
     run = attribution(skeleton, workload)
     counts = skeleton.counts
     states = {"weights": _width(skeleton) * counts.parameters, "means": 24 * counts.neurons}
-    return Need("attribution", states, run.phases, run.kept, run.flops)
+    return Need(states, run.phases, run.kept, run.flops)
 
 
 def unlearning_need(
@@ -88,7 +88,6 @@ def unlearning_need(
         states["best weights so far"] = copied
         phases[KEEPING] = weights + copied
     return Need(
-        name="unlearning by GD" if grain is None else f"with the penalty ({grain})",
         states=states,
         phases=phases,
         kept=run.kept,
@@ -96,8 +95,32 @@ def unlearning_need(
         # AdamW reads weight, gradient and both moments and writes all but the gradient
         moved=7 * weights + (_penalty_traffic(skeleton, workload, state_dtype) if grain == "parameter" else 0),
         gradients=weights,
+        sums=2 * width * sum(counts.regularized) if grain == "parameter" and workload.split else 0,
         host=0 if on_cpu else 2 * copied,
     )
+
+
+def data_parallel_peak(need: Need, skeleton: Skeleton) -> int:
+    """The peak on each of several GPUs that hold the whole model and share the rows; need: of one GPU's rows.
+
+    DistributedDataParallel keeps the gradients once more, in its buckets; the penalty's g is summed in one flat buffer.
+    """
+    if not need.gradients:
+        return need.peak
+    flat = _width(skeleton) * sum(skeleton.counts.regularized) if "references" in need.states else 0
+    return need.peak + need.gradients + flat
+
+
+def sharded_peak(need: Need, skeleton: Skeleton, workload: Workload, gpus: int) -> int:
+    """The peak on each of several GPUs that share the rows and everything of model size (FSDP2, ZeRO-3).
+
+    What is of model size is divided. Whole are the activations, the logits' gradient, two blocks (the one at work and
+    the next), and the embedding.
+    """
+    width, counts = _width(skeleton), skeleton.counts
+    logits = width * workload.rows_at_once * workload.length * skeleton.vocabulary
+    divided = sum(need.states.values()) + need.gradients + need.sums
+    return -(-divided // gpus) + need.kept + logits + width * (2 * counts.block + counts.largest)
 
 
 def reference_bytes(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssiuu_fast import engines
 from ssiuu_fast.attribution_taps import AttributionTaps
+from ssiuu_fast.frozen import frozen
 from ssiuu_fast.ops.sequence_log_probs import SequenceLogProbs
 from ssiuu_fast.planning.live_memory import LiveMemory
 from ssiuu_fast.planning.skeleton import Skeleton
@@ -86,21 +87,14 @@ def unlearning_step(skeleton: Skeleton, workload: Workload, grain: str | None) -
 
 def attribution(skeleton: Skeleton, workload: Workload) -> DryRun:
     """One batch of `rows_at_once` rows, whose answers may begin anywhere: all logits are formed."""
-    model = skeleton.model
-    with _recording(skeleton) as record:
-        # dropout is off in evaluation mode, and so are checkpoints: attribution turns those back on by themselves
-        model.train(getattr(model, "is_gradient_checkpointing", False))
-        model.requires_grad_(False)
-        try:
-            taps = AttributionTaps(select_modules(model, None), lambda name, hidden, gradient: None)
-            with taps.attached():
-                with record.phase(FORWARD_ALONE):
-                    log_probs = _log_probs(skeleton, workload)
-                kept = record.memory.bytes()
-                with record.phase(TARGET):
-                    taps.backward(log_probs.sum())
-        finally:
-            model.requires_grad_(True)
+    with _recording(skeleton) as record, frozen(skeleton.model):
+        taps = AttributionTaps(select_modules(skeleton.model, None), lambda name, hidden, gradient: None)
+        with taps.attached():
+            with record.phase(FORWARD_ALONE):
+                log_probs = _log_probs(skeleton, workload)
+            kept = record.memory.bytes()
+            with record.phase(TARGET):
+                taps.backward(log_probs.sum())
     return DryRun(record.phases, kept, record.memory.flops)
 
 

@@ -1,5 +1,6 @@
 """A model without its weights: what can be counted on it, and run with it, takes no memory."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +51,17 @@ class Skeleton:
 
     def checkpoint(self, on: bool) -> None:
         """Gradient checkpointing, non-reentrant; raises ValueError for a model that has none."""
-        if not on:
-            self.model.gradient_checkpointing_disable()
-            return
         if not self.model.supports_gradient_checkpointing:
-            raise ValueError(f"a model of type {self.name!r} has no gradient checkpointing")
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if on:
+                raise ValueError(f"a model of type {self.name!r} has no gradient checkpointing")
+            return
+        with warnings.catch_warnings():
+            # transformers 5.23 prefers another name, which 5.0 doesn't have
+            warnings.simplefilter("ignore", FutureWarning)
+            if on:
+                self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                self.model.gradient_checkpointing_disable()
 
 
 def read_config(name: str):
