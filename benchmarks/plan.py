@@ -174,8 +174,10 @@ def _resident(field):
 
 def compare(name, case):
     need, parameters = planned(case)
-    # what a thread frees goes back at once, whatever its size from 64 kB on
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    # what is freed goes back at once, whatever its size from 64 kB on
+    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    # threads that wait in a busy loop stall a run where the cores are shared
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | settings
     command = [sys.executable, __file__, "--measure", json.dumps(asdict(case))]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
