@@ -226,3 +226,26 @@ def test_replicates_are_weighted_sums_of_the_samples():
             expected = weights @ torch.stack([getattr(one, role)[site].sum() for one in alone])
             mine = getattr(found, role)[site]
             assert (mine - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+class EightBits(torch.nn.Module):
+    """A frozen linear module that stores its weight as int8, as quantisers put one in place of nn.Linear."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax() / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("codes", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, hidden):
+        return torch.nn.functional.linear(hidden, self.codes.to(hidden.dtype) * self.scale)
+
+
+def test_a_quantised_model():
+    quantised, plain = tiny_llama(), tiny_llama()
+    for mine, theirs in zip(quantised.model.layers, plain.model.layers, strict=True):
+        for name in ("q_proj", "o_proj"):
+            module = EightBits(getattr(mine.self_attn, name))
+            setattr(mine.self_attn, name, module)
+            getattr(theirs.self_attn, name).weight.data = module.codes.double() * module.scale
+    assert_same(attribute(quantised, [batch()]), attribute(plain, [batch()]), bound=1e-12)
