@@ -69,9 +69,8 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     grouped_bars(run.file("recovery.png"), COLUMNS, scores, chance=task.chance, title="what retraining brings back")
     print(f"\n{text}\n")
     influence_text, page = _influence(task, recipe, run)
-    print(
-        f"{influence_text}\n\nwritten to {run.path}/: results.json, table.md, recovery.png; a JSON file and a model a run"
-    )
+    print(f"{influence_text}\n")
+    print(f"written to {run.path}/: results.json, table.md, recovery.png; a JSON file and a model a run")
     print(f"erased or hidden, in pictures: {page}")
     return rows
 

@@ -89,6 +89,7 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(finished, monkeypatch):
         return {job: rows[1] for job in jobs}
 
     monkeypatch.setattr(demo, "_run_jobs", run_jobs)
+    monkeypatch.setattr(demo, "_influence", lambda *_: ("", run.file("page.html")))
     monkeypatch.setattr(demo, "memorise", lambda *_: pytest.fail("memorised again"))
     assert run_demo(small_task(), RECIPE, 1, run) == rows
     assert started == [("GD", 0)]
@@ -129,10 +130,13 @@ def test_runs_under_other_rules_get_no_verdict():
 def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(commands, "PEOPLE", replace(RECIPE, max_epochs=2))
     monkeypatch.setattr(commands, "people_task", lambda instructions: small_task())
+    monkeypatch.setattr(demo, "_influence", lambda *_: ("the influence table", "page.html"))
     folder = tmp_path / "run"
     assert main(["demo", "--seeds", "1", "--relative_weight", "3", "--output", str(folder)]) == 0
     table = (folder / "table.md").read_text()
-    assert table in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert table in printed
+    assert "the influence table" in printed and "in pictures: page.html" in printed
     assert json.loads((folder / "recipe.json").read_text())["relative_weight"] == 3
 
     (folder / "GD-0.json").unlink()

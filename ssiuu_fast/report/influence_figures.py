@@ -28,6 +28,8 @@ from ssiuu_fast.report.drawing import (
 # of the neurons of a layer: the ends of the thin line, and of the thick one
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
 TOP = 100
+# with more layers than this, bars would touch: bands from layer to layer
+BARS = 16
 _ROLE_COLOURS = {"before": BEFORE, "after": AFTER, "attacked": ATTACKED}
 _SILENCED = {"spurious": ("o-", GAINED), "erased": ("s-", LOST), "random": ("D--", PLAIN)}
 
@@ -57,14 +59,12 @@ def attribution_by_layer(
         largest = max((max(abs(row[4]), abs(row[8])) for row in rows), default=0.0) or 1.0
         threshold = largest / 100
         axes.set_yscale("symlog", linthresh=threshold, linscale=0.5)
-        gap = 0.18
-        thick = min(9.0, 60 / max(len(before), 1))
-        for role, shift in (("before", -gap), ("after", gap)):
+        for role in ("before", "after"):
             of_role = [row for row in rows if row[1] == role]
-            places = [row[0] + shift for row in of_role]
-            colour = _ROLE_COLOURS[role]
-            axes.vlines(places, [r[4] for r in of_role], [r[8] for r in of_role], colour, linewidth=max(thick / 5, 0.8))
-            axes.vlines(places, [r[5] for r in of_role], [r[7] for r in of_role], colour, linewidth=thick, label=role)
+            if len(before) <= BARS:
+                _bars(axes, of_role, role, -0.18 if role == "before" else 0.18, thick=min(9.0, 60 / len(before)))
+            else:
+                _bands(axes, of_role, role)
         axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xlim(min(before, default=0) - 0.6, max(before, default=0) + 0.6)
         _layers(axes, list(before))
@@ -77,6 +77,23 @@ def attribution_by_layer(
         _say_if_empty(axes, not rows)
         if rows:
             legend_below(axes, 2)
+
+
+def _bars(axes, rows: Sequence[Sequence], role: str, shift: float, thick: float) -> None:
+    places, colour = [row[0] + shift for row in rows], _ROLE_COLOURS[role]
+    ends, middle = ([row[4] for row in rows], [row[8] for row in rows]), ([r[5] for r in rows], [r[7] for r in rows])
+    axes.vlines(places, *ends, colour, linewidth=max(thick / 5, 0.8))
+    axes.vlines(places, *middle, colour, linewidth=thick, label=role)
+
+
+def _bands(axes, rows: Sequence[Sequence], role: str) -> None:
+    for side in ("largest", "smallest"):
+        of_side = [row for row in rows if row[2] == side]
+        layers = [row[0] for row in of_side]
+        for low, high, opacity in ((4, 8, 0.2), (5, 7, 0.55)):
+            label = role if side == "largest" and low == 5 else None
+            ends = [row[low] for row in of_side], [row[high] for row in of_side]
+            axes.fill_between(layers, *ends, color=_ROLE_COLOURS[role], alpha=opacity, linewidth=0, label=label)
 
 
 def cumulative_curves(

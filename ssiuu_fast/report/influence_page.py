@@ -91,13 +91,9 @@ def _parts(studies: Sequence[Study], pictures: Sequence[Picture], title: str) ->
     header, rows = verdict_table(studies)
     parts = [
         html.element("h1", title),
-        html.element(
-            "p", f"{studies[0].rows} questions that were to be forgotten, before and after unlearning.", "quiet"
-        ),
+        html.element("p", f"{studies[0].rows} rows that were to be forgotten, before and after unlearning.", "quiet"),
         html.group("verdicts", (_card(study) for study in studies)),
-        html.table(
-            "→ leads from before to after unlearning, and on to after an attack where there was one.", header, rows
-        ),
+        html.table("→ from before to after unlearning, and on to after the attack", header, rows, wraps=True),
         html.element("h2", "How the verdict is reached"),
         html.listing(RULES),
     ]
@@ -132,14 +128,11 @@ def _figure(picture: Picture) -> str:
 
 def _neurons(study: Study, target: str) -> str:
     spurious = study.variations[target].spurious(NAMED)
-    caption = f"{study.name}, {TARGET_NAMES[target]}: the largest D{MINUS} ({UNITS[target]})"
+    caption = f"{study.name}, {TARGET_NAMES[target]}: largest D{MINUS}, and A where it suppresses most, {UNITS[target]}"
     if not spurious:
         return html.element("p", f"{caption}: no neuron gained suppression.")
-    rows = [
-        [f"{n.module}[{n.index}]", n.site.kind, str(n.site.layer), short(n.before), short(n.after), short(n.score)]
-        for n in spurious
-    ]
-    header = ["neuron", "module", "layer", "smallest A before", "after", f"D{MINUS}"]
+    rows = [[f"{n.module}[{n.index}]", short(n.score), short(n.before), short(n.after)] for n in spurious]
+    header = ["neuron", f"D{MINUS}", "A before", "A after"]
     return html.table(caption, header, rows)
 
 

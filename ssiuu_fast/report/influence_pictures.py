@@ -64,7 +64,7 @@ def _by_layer(study: Study, target: str, path: Path) -> Picture:
     figures.attribution_by_layer(path, _layers(before), _layers(after), unit=UNITS[target], title=title)
     text = (
         "Above 0: how much each neuron supports the answer where it supports it most; below 0: how much it suppresses "
-        "it. Thick: the middle half of a layer's neurons; thin: all but 1 % at either end."
+        "it. Thick or dark: the middle half of a layer's neurons; thin or light: all but 1 % at either end."
     )
     return Picture(path, study.name, target, title, text)
 
@@ -78,7 +78,10 @@ def _curves(study: Study, target: str, path: Path, limit: float) -> Picture:
     figures.cumulative_curves(
         path, curves.positive.numpy(), curves.negative.numpy(), unit=UNITS[target], title=title, limit=limit or None
     )
-    text = f"A curve that is high early: few neurons carry the change. Where D{MINUS} is the higher one, it was hidden."
+    text = (
+        "Sums over the neurons with the largest scores: a curve that is high early has few of them carry the change. "
+        f"Where D{MINUS} is the higher one, this target sees more hidden than erased."
+    )
     return Picture(path, study.name, target, title, text)
 
 

@@ -20,7 +20,7 @@ SMALL = 0.01
 TARGET_NAMES = {
     "probability": "P(answer)",
     "log_probability": "log P(answer)",
-    "logit_difference": "logit, right − wrong",
+    "logit_difference": "logit difference",
 }
 RULES = (
     "“Mostly erased”: the 95 % interval of the sum of D+ (support lost) lies above 0 and above that of D− (suppression "
