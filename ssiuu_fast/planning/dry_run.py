@@ -16,7 +16,7 @@ from ssiuu_fast.attribution_taps import AttributionTaps
 from ssiuu_fast.frozen import frozen
 from ssiuu_fast.ops.sequence_log_probs import SequenceLogProbs
 from ssiuu_fast.planning.live_memory import LiveMemory
-from ssiuu_fast.planning.skeleton import Skeleton
+from ssiuu_fast.planning.skeleton import Skeleton, first_line
 from ssiuu_fast.selection import select_modules, select_parameters
 from ssiuu_fast.taps import PendingInjections, TappedOutput, Taps
 
@@ -116,13 +116,11 @@ def _recording(skeleton: Skeleton) -> Iterator[_Record]:
     try:
         with skeleton.fake, LiveMemory() as memory:
             yield _Record(memory)
-    except (NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
-        if isinstance(error, NotImplementedError) or "Fake" in f"{type(error).__name__} {error}":
-            raise ValueError(
-                f"a model of type {skeleton.name!r} can't be run without memory: its forward pass looks at values. "
-                "Give the shape of a similar Llama by numbers instead of --model"
-            ) from error
-        raise
+    except RuntimeError as error:
+        raise ValueError(
+            f"a model of type {skeleton.name!r} can't be run without memory ({first_line(error)}): give the shape of a "
+            "similar Llama by numbers instead of --model"
+        ) from error
     finally:
         skeleton.model.zero_grad(set_to_none=True)
 

@@ -29,7 +29,7 @@ class Counts:
 class Skeleton:
     """A model of fake tensors: shapes and dtypes, which every operator accepts and which hold no memory.
 
-    Raises ValueError where transformers has no causal language model of this type.
+    Raises ValueError where transformers has no causal language model of this type, and for mixtures of experts.
     """
 
     def __init__(self, config, dtype: str = "float32"):
@@ -43,8 +43,13 @@ class Skeleton:
                 self.model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
             except ValueError as error:
                 raise ValueError(
-                    f"no causal language model of type {config.model_type!r}: {_first_line(error)}"
+                    f"no causal language model of type {config.model_type!r}: {first_line(error)}"
                 ) from None
+        if any(parameter.dim() == 3 for parameter in self.model.parameters()):
+            raise ValueError(
+                f"a model of type {self.name!r} has fused experts, whose work depends on the tokens: give the shape of "
+                "a similar Llama by numbers instead of --model"
+            )
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self.counts = _counted(self.model)
@@ -82,9 +87,9 @@ def read_config(name: str):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         place = "the folder" if folder.is_dir() else "no such local folder, and by hub name"
-        raise OSError(f"can't read the config of {name} ({place}): {_first_line(error)}") from None
+        raise OSError(f"can't read the config of {name} ({place}): {first_line(error)}") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"can't read the config of {name}: {_first_line(error)}") from None
+        raise ValueError(f"can't read the config of {name}: {first_line(error)}") from None
     # of a model that also sees or hears, the part that unlearns
     return config.get_text_config()
 
@@ -140,5 +145,6 @@ def _width(module: nn.Module) -> int:
     return module.nf if hasattr(module, "nf") else module.out_features
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

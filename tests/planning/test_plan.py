@@ -168,6 +168,7 @@ def test_a_measured_cpu_has_limits():
         (["--model", "{empty}"], "holds no config.json"),
         (["--model", "{unknown}"], "quantum"),
         (["--model", "{encoder}"], "no causal language model of type 'vit'"),
+        (["--model", "{experts}"], "a model of type 'mixtral' has fused experts"),
         (["--model", "{llama}", "--length", "4096"], "the model has 32 positions"),
         (["--hidden_size", "65"], "hidden_size=65 must be a multiple of heads=24"),
         (["--heads", "24", "--kv_heads", "5"], "heads=24 must be a multiple of kv_heads=5"),
@@ -181,12 +182,13 @@ def test_a_measured_cpu_has_limits():
     ],
 )
 def test_nonsense_is_refused_in_one_line(tmp_path, capsys, flags, message):
-    for name in ("empty", "unknown", "encoder", "llama"):
+    for name in ("empty", "unknown", "encoder", "experts", "llama"):
         (tmp_path / name).mkdir()
     (tmp_path / "unknown" / "config.json").write_text(json.dumps({"model_type": "quantum"}))
     (tmp_path / "encoder" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     tiny_llama().config.save_pretrained(tmp_path / "llama")
-    names = {name: tmp_path / name for name in ("empty", "unknown", "encoder", "llama")}
+    (tmp_path / "experts" / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_hidden_layers": 1}))
+    names = {folder.name: folder for folder in tmp_path.iterdir()}
     assert main(["plan", *(flag.format(**names) for flag in flags)]) == 1
     error = capsys.readouterr().err
     assert message in error
