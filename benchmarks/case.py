@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from rows import DeviceRow, gpu_clocks, gpu_versions, hardware
-from stopwatch import Stopwatch, race, reason, release_memory
+from stopwatch import MOST_SECONDS, Stopwatch, race, reason, release_memory
 from torch import Tensor
 
 
@@ -87,11 +87,11 @@ def check(case: Case) -> dict[str, str]:
     return failures
 
 
-def run(case: Case, stopwatch: Stopwatch, rounds: int) -> list[DeviceRow]:
+def run(case: Case, stopwatch: Stopwatch, rounds: int, most_seconds: float = MOST_SECONDS) -> list[DeviceRow]:
     """Check, then time; one row a contestant, failed ones too."""
     failures = check(case)
     timed = {name: call for name, call in case.contestants.items() if name not in failures}
-    measured = race(stopwatch, timed, case.restore, rounds)
+    measured = race(stopwatch, timed, case.restore, rounds, most_seconds)
     about = about_device(stopwatch)
     rows = []
     for name in case.contestants:
@@ -100,8 +100,8 @@ def run(case: Case, stopwatch: Stopwatch, rounds: int) -> list[DeviceRow]:
             row = DeviceRow(case.benchmark, case.name, name, None, rounds, None, 0, failure=failure, **about)
         else:
             seen = measured[name]
-            speed = case.traffic / seen.seconds[1] / 1e9
-            row = DeviceRow(case.benchmark, case.name, name, seen.seconds, rounds, speed, seen.peak, **about)
+            speed = case.traffic / seen.seconds[1] / 1e9 if seen.seconds else None
+            row = DeviceRow(case.benchmark, case.name, name, seen.seconds, seen.rounds, speed, seen.peak, **about)
             row.call_seconds = seen.call_seconds
         row.state_bytes_per_parameter = case.state_bytes_per_parameter
         rows.append(row)
@@ -112,4 +112,4 @@ def about_device(stopwatch: Stopwatch) -> dict:
     if not stopwatch.on_gpu:
         return {"hardware": hardware(), "versions": gpu_versions()}
     name = torch.cuda.get_device_name(stopwatch.device)
-    return {"hardware": name, "versions": gpu_versions(), "clocks": gpu_clocks()}
+    return {"hardware": name, "versions": gpu_versions(), "clocks": stopwatch.under_load(gpu_clocks)}

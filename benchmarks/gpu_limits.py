@@ -25,12 +25,13 @@ def measure(stopwatch: Stopwatch, rounds: int, *, tiny: bool) -> list[DeviceRow]
     rows = []
     for name, seen in measured.items():
         case = f"{source.nbytes / 2**30:.3g} GiB fp32"
-        if seen.failure:
-            rows.append(DeviceRow("limit", case, name, None, rounds, None, 0, failure=seen.failure, **about))
+        failure = seen.failure or ("" if seen.seconds else "the host took longer than the device")
+        if failure:
+            rows.append(DeviceRow("limit", case, name, None, rounds, None, 0, failure=failure, **about))
             continue
         traffic = source.nbytes * (2 if name.startswith("copy") else 1)
         speed = traffic / seen.seconds[1] / 1e9
-        rows.append(DeviceRow("limit", case, name, seen.seconds, rounds, speed, seen.peak, **about))
+        rows.append(DeviceRow("limit", case, name, seen.seconds, seen.rounds, speed, seen.peak, **about))
         rows[-1].call_seconds = seen.call_seconds
     return rows
 

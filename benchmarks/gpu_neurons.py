@@ -11,6 +11,8 @@ from ssiuu_fast.ops import neuron_attribution, neuron_penalty
 
 # [batch, tokens, neurons]
 SHAPES = ((16, 512, 8192), (4, 2048, 3072), (1, 32_768, 1024))
+# what the goal of neuron_attribution is stated for
+STATED = SHAPES[0]
 TINY_SHAPES = ((2, 16, 64),)
 
 
@@ -55,7 +57,7 @@ def _attribution_case(shape, device, backends) -> Case:
         traffic=hidden.nbytes + gradient.nbytes,
         limit="read",
         baselines=("eager bf16", "eager fp32", "compiled"),
-        goals={"limit": 0.9},
+        goals={"limit": 0.9} if shape == STATED else {},
         goals_of=backends,
     )
 

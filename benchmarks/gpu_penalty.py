@@ -1,5 +1,7 @@
-"""Cases of penalty_ for benchmarks/gpu.py: the linear weights of a Llama-3.2-3B, and 3,000 small tensors."""
+"""Cases of penalty_ for benchmarks/gpu.py: the linear weights of a Llama-3.2-3B, shards of them, small tensors."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,9 +13,12 @@ from torch import Tensor
 
 from ssiuu_fast import ops
 from ssiuu_fast.ops import penalty_
+from ssiuu_fast.ops.blockwise8 import tensors_of
 
 REFERENCES = ("bf16", "8-bit", "fp32")
 GOALS = {"limit": 0.9, "eager": 8.0, "compiled": 1.0}
+# about 1e-13; a power of two, by which nothing is rounded
+TINY = 2.0**-43
 GOALS_SMALL = {"compiled": 2.0}
 
 
@@ -44,9 +49,7 @@ class Buffers:
 
     def reference_tensors(self) -> list[Tensor]:
         """The memory of the references."""
-        if not self.eight_bit:
-            return self.references
-        return [tensor for r in self.references for tensor in (r.codes, r.absmax)]
+        return [tensor for reference in self.references for tensor in tensors_of(reference)]
 
 
 def random_buffers(shapes, kind, device) -> Buffers:
@@ -63,25 +66,35 @@ def random_buffers(shapes, kind, device) -> Buffers:
     return Buffers(gradients, parameters, references)
 
 
+def shard_buffers(shapes, kind, device) -> Buffers:
+    """Views into one memory a role, each from an odd element on, as shards of one group of FSDP2 may be."""
+    assert kind == "bf16", "shards are of one dtype"
+    sizes = [math.prod(shape) for shape in shapes]
+    starts = list(itertools.accumulate((size + 2 - size % 2 for size in sizes), initial=1))
+
+    def normal():
+        memory = torch.randn(starts[-1], dtype=torch.bfloat16, device=device)
+        return [memory[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+
+    return Buffers(normal(), normal(), normal())
+
+
+def tiny_buffers(shapes, kind, device) -> Buffers:
+    """As they are where the probability of the forget set is small, which is where unlearning leads."""
+    buffers = random_buffers(shapes, kind, device)
+    torch._foreach_mul_(buffers.gradients + buffers.references, TINY)
+    return buffers
+
+
 def eager(buffers: Buffers, one=transcription):
     """The transcription of benchmarks/penalty.py, a tensor at a time."""
     rows = zip(buffers.gradients, buffers.parameters, buffers.references, strict=True)
-    return _totals([one(*row) for row in rows])
+    return _totals([one(gradient, parameter, *tensors_of(reference)) for gradient, parameter, reference in rows])
 
 
 def _totals(sums):
     penalties, negatives = zip(*sums, strict=True)
     return torch.stack(penalties).sum(), torch.stack(negatives).sum()
-
-
-def transcription_8bit(gradient, parameter, reference):
-    """The transcription between decoding and encoding the reference."""
-    plain = reference.decode()
-    sums = transcription(gradient, parameter, plain)
-    encoded = ops.Blockwise8.encode(plain)
-    reference.codes.copy_(encoded.codes)
-    reference.absmax.copy_(encoded.absmax)
-    return sums
 
 
 def foreach(buffers: Buffers):
@@ -120,7 +133,7 @@ def _contestants(buffers, backends, compiled):
 
     calls = {backend: fused(backend) for backend in backends}
     if buffers.eight_bit:
-        return calls | {"eager": lambda: eager(buffers, transcription_8bit), "foreach": None, "compiled": None}
+        return calls | {"eager": lambda: eager(buffers), "foreach": None, "compiled": None}
     return calls | {
         "eager": lambda: eager(buffers),
         "foreach": lambda: foreach(buffers),
@@ -128,10 +141,11 @@ def _contestants(buffers, backends, compiled):
     }
 
 
-def _case(name, shapes, kind, device, backends, *, goals, by_call=False) -> Case:
+def _case(name, shapes, kind, device, backends, *, goals, by_call=False, make=random_buffers, unit=1.0) -> Case:
+    """`unit`: the size of attributions, by which outcomes are divided before they are compared."""
     # a kernel for each of the few shapes of a model; small tensors share one that takes any size
     compiled = compile_for(device, transcription, dynamic=by_call)
-    buffers = random_buffers(shapes, kind, device)
+    buffers = make(shapes, kind, device)
     written = buffers.gradients + buffers.reference_tensors()
     kept = [tensor.clone() for tensor in written]
 
@@ -145,9 +159,9 @@ def _case(name, shapes, kind, device, backends, *, goals, by_call=False) -> Case
             # the next code may be chosen where two are equally near
             parts = [Part(reference.decode(), 0.05) for reference in references]
         else:
-            parts = [Part(reference, _tolerance(reference)) for reference in references]
-        parts += [Part(gradient, _tolerance(gradient)) for gradient in buffers.gradients]
-        return [*parts, Part(penalty, 1e-3), Part(negative, 1e-6)]
+            parts = [Part(_over(reference, unit), _tolerance(reference)) for reference in references]
+        parts += [Part(_over(gradient, unit**2), _tolerance(gradient)) for gradient in buffers.gradients]
+        return [*parts, Part(_over(penalty, unit**2), 1e-3), Part(negative, 1e-6)]
 
     elements = sum(parameter.numel() for parameter in buffers.parameters)
     state = sum(tensor.nbytes for tensor in buffers.reference_tensors())
@@ -171,6 +185,11 @@ def _case(name, shapes, kind, device, backends, *, goals, by_call=False) -> Case
     )
 
 
+def _over(tensor, unit):
+    # by a power of two, so that nothing is rounded
+    return tensor if unit == 1.0 else tensor * (1 / unit)
+
+
 def _tolerance(tensor):
     return max(1e-5, torch.finfo(tensor.dtype).eps)
 
@@ -179,6 +198,10 @@ def cases(device, backends, *, tiny: bool) -> Iterator:
     """Functions that make a case each, so that one's memory is free before the next."""
     large = model_shapes(2, 64, 4, 2, 16, 96) if tiny else model_shapes()
     small = small_shapes(20 if tiny else 3000)
+    shards = [(math.prod(shape) // 8,) for shape in large]
+    llama = partial(_case, device=device, backends=backends, kind="bf16")
+    yield partial(llama, "Llama-3.2-3B, tiny gradients", large, goals=GOALS, make=tiny_buffers, unit=TINY)
+    yield partial(llama, "Llama-3.2-3B, an eighth, unaligned", shards, goals={}, make=shard_buffers)
     for kind in REFERENCES:
         yield partial(_case, "Llama-3.2-3B", large, kind, device, backends, goals=GOALS)
         yield partial(_case, "small", small, kind, device, backends, goals=GOALS_SMALL, by_call=True)

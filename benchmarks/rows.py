@@ -87,7 +87,10 @@ class Row:
 
 @dataclass
 class DeviceRow(Row):
-    """A row of benchmarks/gpu.py. seconds are the device's own; None where the contestant failed, and `failure` why."""
+    """A row of benchmarks/gpu.py. seconds are the device's own.
+
+    None where the contestant failed, and `failure` says why; or where the host's could not be kept out of them.
+    """
 
     seconds: tuple[float, float, float] | None
     gigabytes_per_second: float | None
@@ -99,6 +102,8 @@ class DeviceRow(Row):
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
+    if len(times) == 1:
+        return (times[0],) * 3
     tenths = statistics.quantiles(times, n=10, method="inclusive")
     return tenths[0], tenths[4], tenths[8]
 

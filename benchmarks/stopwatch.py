@@ -3,6 +3,7 @@
 import gc
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -11,20 +12,29 @@ from rows import quantiles
 WARM_UP = 3
 # the host's work is hidden behind a sleep of the device, as it is in training behind the backward pass, up to this
 LONGEST_LEAD = 0.15
+# what a contestant may take of the rounds of one case
+MOST_SECONDS = 10.0
 
 
 @dataclass
 class Measured:
     """What was seen of one contestant; `failure` says why there is nothing."""
 
-    device_times: list[float] = field(default_factory=list)
+    # None where the device had to wait for the host
+    device_times: list[float | None] = field(default_factory=list)
     call_times: list[float] = field(default_factory=list)
     peak: int = 0
     failure: str = ""
 
     @property
+    def rounds(self):
+        return len(self.call_times)
+
+    @property
     def seconds(self):
-        return quantiles(self.device_times)
+        """Quantiles of the device's times; None where the host's could not be hidden in most rounds."""
+        known = [seconds for seconds in self.device_times if seconds is not None]
+        return quantiles(known) if 2 * len(known) > len(self.device_times) else None
 
     @property
     def call_seconds(self):
@@ -62,10 +72,16 @@ class Stopwatch:
         self.wait()
         return self._events(call)
 
-    def device_time(self, call: Callable, host_time: float) -> float:
-        """Seconds of the device alone: it sleeps until the host, which takes host_time, has enqueued the call."""
-        if not self.on_gpu or host_time > LONGEST_LEAD:
+    def device_time(self, call: Callable, host_time: float) -> float | None:
+        """Seconds of the device alone: it sleeps until the host, which takes host_time, has enqueued the call.
+
+        None where it woke up before that, because the host took longer than it may or than it did before, waited for
+        the device, or launched more than the device's queue holds: it would be the host that is timed.
+        """
+        if not self.on_gpu:
             return self.call_time(call)
+        if host_time > LONGEST_LEAD:
+            return None
         self._flush()
         lead = 1.5 * host_time + 5e-4
         return self._events(call, sleep=int(lead * self._cycles_per_second))
@@ -76,9 +92,19 @@ class Stopwatch:
             torch.cuda._sleep(sleep)
         start.record()
         call()
+        awake = bool(sleep) and start.query()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return None if awake else start.elapsed_time(end) / 1e3
+
+    def under_load(self, ask: Callable):
+        """What `ask` returns while the device reads its memory without a pause."""
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(ask)
+            while self.on_gpu and not answer.done():
+                self._flush()
+                self.wait()
+        return answer.result()
 
     def host_time(self, call: Callable) -> float:
         """Seconds until the call returns."""
@@ -116,8 +142,17 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def race(stopwatch: Stopwatch, contestants: dict[str, Callable], restore: Callable, rounds: int) -> dict[str, Measured]:
-    """Time every contestant once a round, in turns; `restore` runs before every call, outside the clock."""
+def race(
+    stopwatch: Stopwatch,
+    contestants: dict[str, Callable],
+    restore: Callable,
+    rounds: int,
+    most_seconds: float = MOST_SECONDS,
+) -> dict[str, Measured]:
+    """Time every contestant once a round, in turns; `restore` runs before every call, outside the clock.
+
+    One that has taken most_seconds, restoring included, takes part in no further round.
+    """
     measured = {name: Measured() for name in contestants}
     host_times = {}
     for name, call in contestants.items():
@@ -130,10 +165,12 @@ def race(stopwatch: Stopwatch, contestants: dict[str, Callable], restore: Callab
         except Exception as error:
             measured[name].failure = reason(error)
             release_memory()
+    taken = dict.fromkeys(contestants, 0.0)
     for _ in range(rounds):
         for name, call in contestants.items():
-            if measured[name].failure:
+            if measured[name].failure or taken[name] >= most_seconds:
                 continue
+            begin = time.perf_counter()
             try:
                 restore()
                 measured[name].call_times.append(stopwatch.call_time(call))
@@ -142,4 +179,5 @@ def race(stopwatch: Stopwatch, contestants: dict[str, Callable], restore: Callab
             except Exception as error:
                 measured[name].failure = reason(error)
                 release_memory()
+            taken[name] += time.perf_counter() - begin
     return measured

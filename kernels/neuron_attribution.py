@@ -54,7 +54,8 @@ def add_lanes(lanes, LANES: tl.constexpr, BLOCK: tl.constexpr):
         return tl.reshape(lanes, [BLOCK])
 
 
-@triton.jit
+# these bound loops only: compiled once, whatever the number of tokens, which changes from batch to batch
+@triton.jit(do_not_specialize=["groups", "rows", "tokens", "part_length"])
 def attribution_kernel(
     hidden,
     gradient,
@@ -122,7 +123,7 @@ def attribution_kernel(
         tl.store(smallest_out + at, tl.where(nan, float("nan"), tl.min(smallest, 0)), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def combine_kernel(
     largest_parts,
     smallest_parts,

@@ -16,7 +16,7 @@ _TERMS_BLOCK = 512
 _TOKENS, _NEURONS, _WARPS = 32, 256, 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def terms_kernel(
     sums,
     reference,
@@ -58,7 +58,7 @@ def terms_kernel(
     tl.store(partial_negative + program, tl.sum(negative.to(tl.int64), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def inject_kernel(
     gradient,
     factors,

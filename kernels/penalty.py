@@ -1,9 +1,14 @@
-"""The penalty in Triton: one launch for all tensors of the same dtypes, which it finds through a table of addresses.
+"""The penalty in Triton: one launch for all tensors of a kind, which it finds through a table of addresses.
+
+A kind is the dtypes, and whether every thread may read and write 16 bytes at once: a list that mixes tensors that allow
+it with others takes two launches for the same dtypes. Results don't depend on it.
 
 Meaning and checks are in ssiuu_fast/ops/penalty.py; the formulas are those of csrc/include/ssiuu/elementwise.h and
 blockwise8.h.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +23,10 @@ from ssiuu_fast.ops.penalty import Options
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, Blockwise8: tl.uint8}
 # Lanes of the sums, so it is not for tuning: another number would add in another order. A multiple of the 8-bit block.
 _BLOCK = 1024
-# A thread's elements of a block are 8 or 4: one 16-byte load of 16-bit or of 32-bit numbers.
+# A thread's elements of a block are 8 or 4: one 16-byte load of 16-bit or of 32-bit numbers, where they are aligned.
 WARPS = (4, 8)
+# bytes of an address, and elements of a tensor, that aligned ones are multiples of
+_ALIGNMENT = 16
 _SHORTEST_CHUNK = 16 * _BLOCK
 # bounds the memory for partial sums
 _MOST_CHUNKS = 1 << 16
@@ -60,11 +67,12 @@ def blockwise8_codes(values, inverse):
     return tl.where(values < 0.0, negative, positive)
 
 
-@triton.jit
+# a number that differs from launch to launch is no reason to compile anew
+@triton.jit(do_not_specialize=["first_chunk"])
 def penalty_kernel(
     table,
-    chunk_tensor,
-    chunk_begin,
+    chunks,
+    first_chunk,
     chunk_length,
     weight,
     gradient_scale,
@@ -81,21 +89,30 @@ def penalty_kernel(
     ONE_SIDED: tl.constexpr,
     UPDATE: tl.constexpr,
     FIRST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One chunk of one tensor a program; its sums go to a place of their own, no atomics.
 
     BLOCKWISE: elements of an 8-bit block, 0 where references are numbers of their own.
+    ALIGNED: addresses (but for absmax) and sizes are multiples of 16, so that a thread reads 16 bytes at once.
     """
-    chunk = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(chunk_tensor + chunk) * 6
+    chunk = tl.program_id(0).to(tl.int64) + first_chunk
+    row = table + tl.load(chunks + 3 * chunk) * 6
+    begin = tl.multiple_of(tl.load(chunks + 3 * chunk + 1), BLOCK)
+    place = tl.load(chunks + 3 * chunk + 2)
     gradients = tl.load(row).to(tl.pointer_type(GRADIENT))
     parameters = tl.load(row + 1).to(tl.pointer_type(PARAMETER))
     references = tl.load(row + 2).to(tl.pointer_type(REFERENCE))
     outs = tl.load(row + 3).to(tl.pointer_type(OUT))
     size = tl.load(row + 4)
     scales = tl.load(row + 5).to(tl.pointer_type(tl.float32))
-    begin = tl.load(chunk_begin + chunk)
+    if ALIGNED:
+        gradients = tl.multiple_of(gradients, 16)
+        parameters = tl.multiple_of(parameters, 16)
+        references = tl.multiple_of(references, 16)
+        outs = tl.multiple_of(outs, 16)
+        size = tl.multiple_of(size, 16)
     # an eager launch passes a Python float as fp32, a compiled graph as fp64
     scale = tl.full([], gradient_scale, tl.float32)
     twice_weight = 2.0 * tl.load(weight).to(tl.float32)
@@ -158,8 +175,8 @@ def penalty_kernel(
             value += tl.load(outs + at, inside, 0.0).to(tl.float32)
         tl.store(outs + at, value.to(OUT), inside)
 
-    tl.store(partial_sums + 2 * chunk, sum_in_pairs(penalty, BLOCK))
-    tl.store(partial_sums + 2 * chunk + 1, 4.0 * sum_in_pairs(gradient_square, BLOCK))
+    tl.store(partial_sums + 2 * place, sum_in_pairs(penalty, BLOCK))
+    tl.store(partial_sums + 2 * place + 1, 4.0 * sum_in_pairs(gradient_square, BLOCK))
     tl.store(partial_counts + 2 * chunk, tl.sum(negatives, 0))
     tl.store(partial_counts + 2 * chunk + 1, tl.sum(nonfinites, 0))
 
@@ -170,54 +187,106 @@ def penalty(gradients, parameters, references, outs, options):
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # a replay would copy the table again, from memory that is no longer its own
         raise RuntimeError('penalty_ in Triton can\'t be captured in a CUDA graph: capture it with backend="cuda"')
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    negative = torch.zeros((), dtype=torch.int64, device=device)
-    counts = torch.zeros(len(gradients), dtype=torch.int64, device=device)
     weight = options.weight
     if not isinstance(weight, torch.Tensor):
         weight = torch.full((), weight, dtype=torch.float32, device=device)
     with torch.cuda.device_of(gradients[0]):
-        for dtypes, indices in _by_dtypes(gradients, parameters, references, outs).items():
-            lists = [[tensors[i] for i in indices] for tensors in (gradients, parameters, references, outs)]
-            partial = _launch(*lists, dtypes, weight, options)
-            sums += partial.sums.sum(0)
-            negative += partial.counts[:, 0].sum()
-            positions = _upload(torch.tensor(indices), device)
-            # integers: the order in which they are added doesn't matter
-            counts.index_add_(0, positions[partial.tensor_of_chunk], partial.counts[:, 1])
+        rows = list(zip(gradients, parameters, references, outs, strict=True))
+        work = _prepared(rows, _by_kind(rows), weight, options)
+        for kind, launch in work.launches.items():
+            launch(tuning.fastest(("penalty", device, kind), WARPS, device, partial(_launch_on_scratch, kind, device)))
+        sums = work.partial_sums.sum(0)
+        negative = work.partial_counts[:, 0].sum()
+        counts = torch.zeros(len(gradients), dtype=torch.int64, device=device)
+        # integers: the order in which they are added doesn't matter
+        counts.index_add_(0, work.tensor_of_chunk, work.partial_counts[:, 1])
     return sums[0], negative, sums[1], counts
 
 
-def _by_dtypes(gradients, parameters, references, outs):
-    groups = {}
-    for i, (gradient, parameter, reference, out) in enumerate(
-        zip(gradients, parameters, references, outs, strict=True)
-    ):
-        reference_type = Blockwise8 if isinstance(reference, Blockwise8) else reference.dtype
-        dtypes = (gradient.dtype, parameter.dtype, reference_type, out.dtype if out is not None else None)
-        groups.setdefault(dtypes, []).append(i)
-    return groups
+class Kind(NamedTuple):
+    """What a launch is compiled for; `reference` may be Blockwise8, `out` None."""
+
+    gradient: torch.dtype
+    parameter: torch.dtype
+    reference: torch.dtype | type[Blockwise8]
+    out: torch.dtype | None
+    aligned: bool
 
 
-class _Partial(NamedTuple):
-    """What the chunks of one launch add to the sums."""
+def kind_of(gradient, parameter, reference, out) -> Kind:
+    memory = [gradient, parameter, blockwise8.tensors_of(reference)[0], *([] if out is None else [out])]
+    aligned = gradient.numel() % _ALIGNMENT == 0 and all(t.data_ptr() % _ALIGNMENT == 0 for t in memory)
+    reference_type = Blockwise8 if isinstance(reference, Blockwise8) else reference.dtype
+    return Kind(gradient.dtype, parameter.dtype, reference_type, None if out is None else out.dtype, aligned)
 
-    sums: torch.Tensor
-    counts: torch.Tensor
+
+def _by_kind(rows) -> dict[Kind, list[int]]:
+    kinds = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(kind_of(*row), []).append(i)
+    return kinds
+
+
+class _Work(NamedTuple):
+    """launch(warps) for each kind, and what the launches write: sums in the order of the caller's tensors and of the
+    chunks within, which no kind changes, and counts in the order of launches, as tensor_of_chunk is."""
+
+    launches: dict[Kind, Callable[[int], None]]
+    partial_sums: torch.Tensor
+    partial_counts: torch.Tensor
     tensor_of_chunk: torch.Tensor
 
 
-def _launch(gradients, parameters, references, outs, dtypes, weight, options):
-    launch, partial = _prepared(gradients, parameters, references, outs, dtypes, weight, options)
-    if len(partial.sums):
-        device = gradients[0].device
-        key = ("penalty", device, dtypes)
-        launch(tuning.fastest(key, WARPS, device, lambda: _launch_on_scratch(dtypes, device)))
-    return partial
+def _prepared(rows, kinds, weight, options) -> _Work:
+    """Rows of gradient, parameter, reference and out, and which of them are of each kind."""
+    device = rows[0][0].device
+    chunks, numbers, length = _chunks([gradient.numel() for gradient, *_ in rows], list(kinds.values()))
+    table, chunks = _upload([torch.tensor([_row(*row) for row in rows]), chunks], device)
+    partial_sums = torch.empty(len(chunks), 2, dtype=torch.float64, device=device)
+    partial_counts = torch.empty(len(chunks), 2, dtype=torch.int64, device=device)
+
+    def launch(kind, first_chunk, number, warps):
+        eight_bits = kind.reference is Blockwise8
+        penalty_kernel[(number,)](
+            table,
+            chunks,
+            first_chunk,
+            length,
+            weight,
+            options.gradient_scale,
+            partial_sums,
+            partial_counts,
+            blockwise8.values_on(device),
+            GRADIENT=_TYPES[kind.gradient],
+            PARAMETER=_TYPES[kind.parameter],
+            REFERENCE=_TYPES[kind.reference],
+            BLOCKWISE=blockwise8.BLOCK if eight_bits else 0,
+            OUT=_TYPES[kind.out or kind.gradient],
+            LIMIT=blockwise8.LIMIT if eight_bits else torch.finfo(kind.reference).max,
+            ADD=kind.out is not None,
+            ONE_SIDED=options.one_sided,
+            UPDATE=options.update_references,
+            FIRST=options.first,
+            ALIGNED=kind.aligned,
+            BLOCK=_BLOCK,
+            num_warps=warps,
+            # a fused multiply-add could give A − A^ref another sign than the reference has
+            enable_fp_fusion=False,
+        )
+
+    launches, first_chunk = {}, 0
+    for kind, number in zip(kinds, numbers, strict=True):
+        if number:
+            launches[kind] = partial(launch, kind, first_chunk, number)
+        first_chunk += number
+    return _Work(launches, partial_sums, partial_counts, chunks[:, 0])
 
 
-def _launch_on_scratch(dtypes, device):
+def _launch_on_scratch(kind, device):
+    """launch(warps) on buffers of its own, larger than a cache."""
+    *dtypes, _ = kind
     elements = _SCRATCH_BYTES // sum(1 if dtype is Blockwise8 else dtype.itemsize for dtype in dtypes if dtype)
+    elements -= elements % _ALIGNMENT
 
     def buffer(dtype):
         if dtype is None:
@@ -227,51 +296,13 @@ def _launch_on_scratch(dtypes, device):
         reference = Blockwise8.empty_like(torch.empty(elements, device="meta"))
         return Blockwise8(*(torch.zeros_like(tensor, device=device) for tensor in blockwise8.tensors_of(reference)))
 
+    row = [buffer(dtype) for dtype in dtypes]
     options = Options(1.0, 1.0, one_sided=False, update_references=True, first=False)
-    return _prepared(*([buffer(dtype)] for dtype in dtypes), dtypes, torch.ones((), device=device), options)[0]
-
-
-def _prepared(gradients, parameters, references, outs, dtypes, weight, options):
-    """launch(warps), and where it will leave its sums."""
-    device = gradients[0].device
-    rows = list(zip(gradients, parameters, references, outs, strict=True))
-    table = _upload(torch.tensor([_row(*row) for row in rows]), device)
-    tensor_of_chunk, begin, length = _chunks([gradient.numel() for gradient in gradients], device)
-    partial_sums = torch.empty(len(begin), 2, dtype=torch.float64, device=device)
-    partial_counts = torch.empty(len(begin), 2, dtype=torch.int64, device=device)
-    gradient_type, parameter_type, reference_type, out_type = dtypes
-    eight_bits = reference_type is Blockwise8
-
-    def launch(warps):
-        penalty_kernel[(len(begin),)](
-            table,
-            tensor_of_chunk,
-            begin,
-            length,
-            weight,
-            options.gradient_scale,
-            partial_sums,
-            partial_counts,
-            blockwise8.values_on(device),
-            GRADIENT=_TYPES[gradient_type],
-            PARAMETER=_TYPES[parameter_type],
-            REFERENCE=_TYPES[reference_type],
-            BLOCKWISE=blockwise8.BLOCK if eight_bits else 0,
-            OUT=_TYPES[out_type or gradient_type],
-            LIMIT=blockwise8.LIMIT if eight_bits else torch.finfo(reference_type).max,
-            ADD=out_type is not None,
-            ONE_SIDED=options.one_sided,
-            UPDATE=options.update_references,
-            FIRST=options.first,
-            BLOCK=_BLOCK,
-            num_warps=warps,
-            # a fused multiply-add could give A − A^ref another sign than the reference has
-            enable_fp_fusion=False,
-        )
-
+    # what is compiled for any memory is timed on aligned memory
+    launch = _prepared([row], {kind: [0]}, torch.ones((), device=device), options).launches[kind]
     # a table of addresses keeps no buffer alive
-    launch.buffers = rows
-    return launch, _Partial(partial_sums, partial_counts, tensor_of_chunk)
+    launch.buffers = row
+    return launch
 
 
 def _row(gradient, parameter, reference, out):
@@ -281,18 +312,30 @@ def _row(gradient, parameter, reference, out):
     return [gradient.data_ptr(), parameter.data_ptr(), stored, target.data_ptr(), gradient.numel(), absmax]
 
 
-def _chunks(sizes, device):
-    """Tensor and first element of each chunk, and their common length: from the sizes alone."""
+def _chunks(sizes, groups):
+    """Tensor, first element and place of each chunk, group after group; the number of each group's; their length.
+
+    Length and place come from the sizes alone.
+    """
     length = max(_SHORTEST_CHUNK, triton.cdiv(triton.cdiv(sum(sizes), _MOST_CHUNKS), _BLOCK) * _BLOCK)
     counts = torch.tensor([triton.cdiv(size, length) for size in sizes])
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    before = counts.cumsum(0) - counts
-    begin = (torch.arange(len(tensor)) - before[tensor]) * length
-    return _upload(tensor, device), _upload(begin, device), length
+    places = counts.cumsum(0) - counts
+    order = torch.tensor([i for group in groups for i in group])
+    tensor = torch.repeat_interleave(order, counts[order])
+    launched = counts[order].cumsum(0) - counts[order]
+    number = torch.arange(len(tensor)) - torch.repeat_interleave(launched, counts[order])
+    chunks = torch.stack([tensor, number * length, places[tensor] + number], 1)
+    return chunks, [int(counts[group].sum()) for group in groups], length
 
 
-def _upload(tensor, device):
-    """To the device; not waiting for what is enqueued there, as a copy from ordinary memory would."""
+def _upload(tensors, device):
+    """int64 tensors to the device in one copy, which doesn't wait for what is enqueued there.
+
+    From ordinary memory it would, and each piece of pinned memory is one that behind a busy stream has to be asked of
+    the driver, which may wait as well.
+    """
+    staged = torch.cat([tensor.reshape(-1) for tensor in tensors])
     if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        staged = staged.pin_memory()
+    parts = staged.to(device, non_blocking=True).split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

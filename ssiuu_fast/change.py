@@ -1,13 +1,13 @@
 """How much attributions change from step to step, and whether a reference of few bits can tell."""
 
 import math
-import warnings
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.host_copy import HostCopy
 from ssiuu_fast.ops import Blockwise8
+from ssiuu_fast.warn import warn_user
 
 # relative error of a stored attribution (FACTS: measured on products g · φ)
 STATE_ERRORS = {torch.bfloat16: 0.002, Blockwise8: 0.013}
@@ -66,11 +66,10 @@ class ChangeWatch:
         self._too_little += change < ENOUGH * error
         if self._too_little == STEPS_TOO_LITTLE:
             self._seen = STEPS_WATCHED
-            warnings.warn(
+            warn_user(
                 f"attributions change by {change:.1%} of themselves from reference to step, and a stored one is off by "
                 f"{error:.1%}: the penalty compares rounding errors. Use state_dtype=torch.float32 (float32 on the "
-                "command line)",
-                stacklevel=7,
+                "command line)"
             )
 
 

@@ -12,11 +12,12 @@ COMMANDS = {
     "attack": ("attack", "AttackOptions"),
     "evaluate": ("evaluate", "EvaluateOptions"),
     "influence": ("influence", "InfluenceOptions"),
+    "plan": ("plan", "PlanOptions"),
 }
 DESCRIPTION = (
     "Unlearning that erases instead of hiding. `info` shows what was built and can run here; `demo` tells the whole "
     "story on invented people; `memorize`, `unlearn`, `attack`, `evaluate` and `influence` are its steps, for your own "
-    "model and data."
+    "model and data; `plan` tells beforehand what they will need."
 )
 
 

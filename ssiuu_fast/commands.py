@@ -33,8 +33,10 @@ from ssiuu_fast.options import (
     EvaluateOptions,
     InfluenceOptions,
     MemorizeOptions,
+    PlanOptions,
     UnlearnOptions,
 )
+from ssiuu_fast.planning.plan import Plan
 from ssiuu_fast.references import EIGHT_BIT, StateDtype
 from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.report.influence_page import study_text, write_page
@@ -234,6 +236,11 @@ def influence(options: InfluenceOptions) -> None:
     text = study_text([found])
     run.file("table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\npage: {page}\nattributions, pictures and their numbers: {run.path}/")
+
+
+def plan(options: PlanOptions) -> None:
+    """Print the memory and the time that attribution, unlearning and the penalty will need, before anything runs."""
+    print(Plan.of(options).text())
 
 
 def _demo_setting(options: DemoOptions) -> tuple[Task, Recipe]:

@@ -1,6 +1,7 @@
 """How the gradient of the target is had from a model, however it is wrapped; what can't be had is refused by name."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -78,6 +79,13 @@ def refuse_steps_in_backward(named_parameters: Iterable[tuple[str, nn.Parameter]
             )
 
 
+def refuse_frozen(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """RuntimeError for a parameter that was given up since it was selected."""
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            raise RuntimeError(f"{name} was frozen after the regulariser was built: build it after freezing")
+
+
 def _refuse_module(name: str, module: nn.Module) -> None:
     kind = type(module).__name__
     origins = {type(module).__module__.split(".")[0], getattr(module.forward, "__module__", "").split(".")[0]}
@@ -111,18 +119,38 @@ def target_gradients(
     return _separate(gradients)
 
 
+# passes of this package that are under way, in whichever thread autograd runs their hooks
+_measuring_passes = 0
+
+
+@contextmanager
+def _measuring_pass() -> Iterator[None]:
+    global _measuring_passes
+    _measuring_passes += 1
+    try:
+        yield
+    finally:
+        _measuring_passes -= 1
+
+
+def is_measuring() -> bool:
+    """Whether the backward pass that is under way only looks at a graph, for this package."""
+    return _measuring_passes > 0
+
+
 def differentiate(
     target: Tensor, tensors: list[Tensor], *, scale: float = 1.0, retain_graph: bool = True
 ) -> tuple[Tensor | None, ...]:
     """scale · ∂target/∂tensor for each, None where it isn't in the graph; what autograd complains of, with a remedy."""
     try:
-        return torch.autograd.grad(
-            target,
-            tensors,
-            grad_outputs=torch.full_like(target, scale),
-            retain_graph=retain_graph,
-            allow_unused=True,
-        )
+        with _measuring_pass():
+            return torch.autograd.grad(
+                target,
+                tensors,
+                grad_outputs=torch.full_like(target, scale),
+                retain_graph=retain_graph,
+                allow_unused=True,
+            )
     except RuntimeError as error:
         remedy = _remedy(str(error))
         if remedy is None:

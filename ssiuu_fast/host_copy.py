@@ -1,4 +1,4 @@
-"""Small tensors on their way from a device to the host."""
+"""Small tensors on their way between a device and the host, which waits for nothing."""
 
 import torch
 from torch import Tensor
@@ -16,11 +16,21 @@ class HostCopy:
         if tensor.device.type == "cuda":
             self._host, self._arrived = _pinned(tensor), _event(tensor.device)
 
+    @property
+    def from_gpu(self) -> bool:
+        return self._arrived is not None
+
     def read(self) -> list:
         """The values, as `Tensor.tolist` gives them."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host.tolist()
+
+
+def to_device(values: list, device: torch.device) -> Tensor:
+    """The values as a tensor there; to a GPU they go from pinned memory, behind what is already enqueued."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _pinned(tensor):

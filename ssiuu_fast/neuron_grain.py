@@ -1,18 +1,26 @@
 """The penalty at the grain of neurons: every output of a linear module is a feature with an attribution of its own."""
 
-import warnings
-from collections.abc import Iterable
+# One step:
+#   1. the forward pass runs through a tap at every module, which keeps its output h           (taps.py)
+#   2. backward(log_probs) sends ∂T/∂h to the taps, and A = Σ h·g is compared with A^ref       (neuron_measurement.py)
+#   3. A becomes the reference of the next step, or stays a sample's first                     (neuron_references.py)
+#   4. each tap gets what it is to add: 2λ · 1[A<0] · (A − A^ref) · g, in place of h
+#   5. loss.backward() adds it on its way; while λ is being calibrated a pass of zeros does, and its norm is taken
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.neuron_measurement import Measurement
-from ssiuu_fast.neuron_references import BatchReferences, SampleReferences
+from ssiuu_fast.neuron_references import BatchReferences, Form, SampleReferences
 from ssiuu_fast.ops.backends import choose
+from ssiuu_fast.references import required
 from ssiuu_fast.selection import base_layer, select_modules
 from ssiuu_fast.step import MicroBatch, StepResult
 from ssiuu_fast.taps import PendingInjections, Taps
+from ssiuu_fast.warn import warn_user
 
 
 class NeuronGrain:
@@ -22,6 +30,11 @@ class NeuronGrain:
     "initial". λ · 2 · 1[A < 0] · (A − A^ref) · g is added to the gradient at h in the loss's own backward pass, and
     flows from there to every parameter below.
     """
+
+    # each batch, or sample, is compared with its own first attribution
+    starts_at_its_reference = True
+    # ‖∂R/∂φ‖ is measured while λ is being calibrated, and not after
+    knows_share = False
 
     def __init__(
         self, model: nn.Module, patterns: Iterable[str] | None, *, reference: str, one_sided: bool, backend: str
@@ -42,7 +55,8 @@ class NeuronGrain:
         self._how = {"one_sided": one_sided, "backend": backend}
         self._references = SampleReferences() if reference == "initial" else BatchReferences()
         self._taps = Taps(self._modules)
-        self._pending = PendingInjections()
+        # one a micro-batch of the last step, whose losses may be sent back together
+        self._pending: list[PendingInjections] = []
         self._warned: set[str] = set()
 
     @property
@@ -57,8 +71,11 @@ class NeuronGrain:
     def modules(self) -> list[str]:
         return list(self._modules)
 
-    def check(self, samples: int, sample_ids: Tensor | None, last: bool) -> list[int] | None:
-        """The sample ids as numbers. Raises ValueError where this grain can't take the micro-batch."""
+    def sample_numbers(self, samples: int, sample_ids: Tensor | None, last: bool) -> list[int] | None:
+        """The sample ids as numbers, None where they are of no use.
+
+        Raises ValueError where this grain can't take the micro-batch.
+        """
         if isinstance(self._references, BatchReferences):
             if not last:
                 raise ValueError(
@@ -71,6 +88,10 @@ class NeuronGrain:
 
     def begin(self, scale: float, weight: float | None) -> "NeuronStep":
         """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
+        self.settle()
+        if weight is None:
+            # ∂R/∂φ is about to be measured at each of them
+            engines.refuse_frozen(self._trainable.items())
         return NeuronStep(self, scale, weight)
 
     def regularize(self, batch: MicroBatch, scale: float, weight: float) -> Measurement:
@@ -78,45 +99,81 @@ class NeuronGrain:
         unknown = self._unknown(batch)
         measured = Measurement(self._references, **self._how)
         measured.run(self._taps, batch, self.modules, weight=weight, scale=scale)
-        self._warn(unknown)
-        self._references.take(measured.attributions, batch.samples, batch.sample_ids)
-        self._pending = measured.inject()
+        if unknown:
+            self._warn_once(
+                "reference",
+                "reference='initial' without set_reference(): the attributions of each sample's first step are kept",
+            )
+        self._references.store(measured.attributions, batch.samples, batch.sample_ids)
+        self._pending.append(measured.inject())
         return measured
+
+    def measure_injected(self, target: Tensor, visit: Callable[[int, Tensor], None]) -> None:
+        """Runs visit(index, gradient) on what the last micro-batch's penalty comes to at each parameter.
+
+        Nothing of it is left for the loss's own pass.
+        """
+        self._taps.visit_gradients(target, self.parameters, visit)
+        # what lies below every parameter was not reached
+        self._pending.pop().abandon()
+
+    def settle(self) -> None:
+        """Judges the last step, whose losses were sent back by now: warns if a penalty was never added."""
+        lost = max((pending.count for pending in self._pending), default=0)
+        if lost:
+            self._warn_once(
+                "lost",
+                f"at {lost} modules the penalty of the last backward() was never added: with granularity='neuron' "
+                "it travels with the loss, which must come from the same forward pass as log_probs and be sent back "
+                "after regularizer.backward(log_probs). Of a step that is not to be taken, say so by abandon_step()",
+            )
+        self._pending = []
+
+    def abandon(self) -> None:
+        """The last step's losses won't be sent back, or shall add nothing if they are."""
+        for pending in self._pending:
+            pending.abandon()
+        self._pending = []
 
     def set_reference(self, batches: Iterable[MicroBatch]) -> None:
         """A_ref[b,i] of every sample, by its id; each batch's graph is freed after use."""
-        references = SampleReferences()
+        seen: set[int] = set()
+        found = []
         for batch in batches:
             for number in batch.sample_ids:
-                if number in references.rows or batch.sample_ids.count(number) > 1:
+                if number in seen:
                     raise ValueError(f"set_reference was given sample id {number} twice: each sample has its own")
-            measured = Measurement(references, **self._how)
+                seen.add(number)
+            measured = Measurement(SampleReferences(), **self._how)
             measured.run(self._taps, batch, self.modules, weight=0.0, retain_graph=False)
             for name, attribution in measured.attributions.items():
                 if attribution.isnan().any():
                     raise FloatingPointError(
                         f"the reference attribution of {name} is not finite: are the starting weights sound?"
                     )
-            references.take(measured.attributions, batch.samples, batch.sample_ids)
-        if not references.rows:
+            found.append((batch.sample_ids, measured.attributions))
+        if not found:
             raise ValueError("set_reference was given no batch: the forget set is empty")
-        references.complete = True
-        self._references = references
+        self._references = SampleReferences.from_pass(found)
 
     def state_dict(self) -> dict:
         return {"neurons": self._neurons(), **self._references.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        saved, ours = state["neurons"], self._neurons()
+        saved, ours = required(state, "neurons"), self._neurons()
         if saved != ours:
             name = min(name for name in saved.keys() | ours.keys() if saved.get(name) != ours.get(name))
             raise ValueError(
                 f"the saved state is of other modules: {name} has {saved.get(name, 'no')} neurons there, "
                 f"{ours.get(name, 'no')} here"
             )
-        devices = {name: base_layer(module).weight.device for name, module in self._modules.items()}
-        self._references.load_state_dict(state, devices)
-        self._pending = PendingInjections()
+        weights = {name: base_layer(module).weight for name, module in self._modules.items()}
+        forms = {
+            name: Form(ours[name], torch.promote_types(weight.dtype, torch.float32), weight.device)
+            for name, weight in weights.items()
+        }
+        self._references = type(self._references).from_state(state, forms)
+        self.abandon()
 
     def _neurons(self) -> dict[str, int]:
         layers = {name: base_layer(module) for name, module in self._modules.items()}
@@ -135,21 +192,10 @@ class NeuronGrain:
             )
         return unknown
 
-    def _warn(self, unknown: list[int]) -> None:
-        if self._pending.count and "lost" not in self._warned:
-            self._warned.add("lost")
-            warnings.warn(
-                f"at {self._pending.count} modules the penalty of the last backward() was never added: with "
-                "granularity='neuron' it travels with the loss, which must come from the same forward pass as "
-                "log_probs and be sent back after regularizer.backward(log_probs)",
-                stacklevel=6,
-            )
-        if unknown and "reference" not in self._warned:
-            self._warned.add("reference")
-            warnings.warn(
-                "reference='initial' without set_reference(): the attributions of each sample's first step are kept",
-                stacklevel=6,
-            )
+    def _warn_once(self, what: str, message: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            warn_user(message)
 
 
 class NeuronStep:
@@ -164,13 +210,14 @@ class NeuronStep:
         self._elements = 0
         self._nonfinite: dict[str, Tensor] = {}
         self._underflows: list[Tensor] = []
-        self._gradient = _InjectedGradient(grain.parameters) if weight is None else None
+        self._gradient = _InjectedGradient() if weight is None else None
 
     def add(self, batch: MicroBatch) -> None:
-        # while λ is being calibrated ∂R/∂φ is measured with λ = 1, and the loss's own pass gets nothing
-        measured = self._grain.regularize(batch, self.scale, 1.0 if self._weight is None else self._weight)
+        # while λ is being calibrated ∂R/∂φ is measured with λ = 1 and at scale 1, whatever the loss's: in 16 bits a
+        # square of numbers that are as large as the scale allows is inf. The loss's own pass then gets nothing
+        measured = self._grain.regularize(batch, self.scale, 1 / self.scale if self._weight is None else self._weight)
         if self._gradient is not None:
-            self._gradient.add(batch)
+            self._gradient.add(batch, self._grain)
         self._penalty = self._penalty + measured.penalty()
         self._negative = self._negative + measured.negative()
         self._elements += measured.elements()
@@ -184,25 +231,24 @@ class NeuronStep:
             penalty=self._penalty,
             negative=self._negative,
             elements=self._elements,
-            gradient_square=None if self._gradient is None else self._gradient.square() / self.scale**2,
+            gradient_square=None if self._gradient is None else self._gradient.square(),
             underflows=self._underflows,
             names=list(self._nonfinite),
             nonfinite_counts=torch.stack([count.to(counts[0].device) for count in counts]),
-            absent=len(self._grain.modules) - len(counts),
+            absent=[name for name in self._grain.modules if name not in self._nonfinite],
         )
 
 
 class _InjectedGradient:
     """‖∂R/∂φ‖² over a step: of its one micro-batch gradient by gradient, of several after they were summed."""
 
-    def __init__(self, parameters: list[nn.Parameter]):
-        self._parameters = parameters
+    def __init__(self):
         self._sums: dict[int, Tensor] = {}
         self._squares: list[Tensor] = []
 
-    def add(self, batch: MicroBatch) -> None:
+    def add(self, batch: MicroBatch, grain: NeuronGrain) -> None:
         alone = batch.last and not self._sums
-        engines.visit_gradients(batch.target, self._parameters, self._square if alone else self._sum)
+        grain.measure_injected(batch.target, self._square if alone else self._sum)
 
     def square(self) -> Tensor:
         for gradient in self._sums.values():

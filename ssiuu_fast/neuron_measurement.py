@@ -39,10 +39,11 @@ class Measurement:
         retain_graph: bool = True,
     ) -> None:
         """weight: λ of the injections; with 0 there are none."""
+        reference_of = self._references.for_batch(batch.sample_ids)
 
         def see(output: TappedOutput, hidden: Tensor, gradient: Tensor) -> None:
             self._refuse(output.name, hidden, batch)
-            self._take(output, hidden, gradient, batch.sample_ids, weight, scale)
+            self._compare(output, hidden, gradient, reference_of(output.name, hidden), weight, scale)
 
         taps.measure(batch.target, see, scale=scale, retain_graph=retain_graph)
         found = len(self.attributions)
@@ -85,9 +86,8 @@ class Measurement:
                 "must be the sample. Leave it out with parameters=[...]"
             )
 
-    def _take(self, output: TappedOutput, hidden: Tensor, gradient: Tensor, sample_ids, weight, scale) -> None:
+    def _compare(self, output: TappedOutput, hidden: Tensor, gradient: Tensor, reference, weight, scale) -> None:
         """gradient: scale · ∂T/∂h; the injection is scale · weight · 2 · d · g."""
-        reference = self._references.of(output.name, sample_ids)
         # one rank's sums end here: over several, A is to be reduced between the sum and the injection
         result = neuron_penalty(
             hidden if hidden.stride(-1) == 1 else hidden.contiguous(),

@@ -3,93 +3,190 @@
 NaN stands for an attribution that isn't known yet: the operator leaves such a neuron out, as it must.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ssiuu_fast.references import warn_of_another_size
+from ssiuu_fast.host_copy import to_device
+from ssiuu_fast.references import required, warn_of_another_size
+
+# (name of a module, its output) → its reference, or None where there is none yet
+LookUp = Callable[[str, Tensor], Tensor | None]
+
+
+class Form(NamedTuple):
+    """What a module's references are: one number a neuron, fp32 (fp64 for fp64), where its weights are."""
+
+    neurons: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 class BatchReferences:
-    """A^ref over the whole batch of the step before: [neurons] for each module."""
+    """A^ref over the whole batch of the step before: [neurons] for each module that was in its graph.
+
+    A module outside the graph has h·g = 0: from the second step on, what isn't stored is 0.
+    """
 
     def __init__(self):
         self.tensors: dict[str, Tensor] = {}
         self._samples: int | None = None
         self._warned = False
 
-    def of(self, name: str, sample_ids: None) -> Tensor | None:
-        return self.tensors.get(name)
+    def for_batch(self, sample_ids: None) -> LookUp:
+        return self._of
 
-    def take(self, attributions: dict[str, Tensor], samples: int, sample_ids: None) -> None:
-        """Stores a step's attributions; what is NaN, or of a module that isn't there, keeps its reference."""
+    def _of(self, name: str, hidden: Tensor) -> Tensor | None:
+        if self._samples is None or name in self.tensors:
+            return self.tensors.get(name)
+        return hidden.new_zeros(hidden.shape[-1], dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    def store(self, attributions: dict[str, Tensor], samples: int, sample_ids: None) -> None:
+        """Takes a step's attributions for those of the step before; what is NaN keeps its reference."""
         if self._samples not in (None, samples) and not self._warned:
             self._warned = True
-            warn_of_another_size(samples, self._samples, stacklevel=6)
+            warn_of_another_size(samples, self._samples)
+        old = {name: self._of(name, attribution) for name, attribution in attributions.items()}
+        self.tensors = {
+            name: attribution if old[name] is None else torch.where(attribution.isnan(), old[name], attribution)
+            for name, attribution in attributions.items()
+        }
         self._samples = self._samples or samples
-        for name, attribution in attributions.items():
-            old = self.tensors.get(name)
-            self.tensors[name] = attribution if old is None else torch.where(attribution.isnan(), old, attribution)
 
     def state_dict(self) -> dict:
         return {"references": dict(self.tensors), "reference_samples": self._samples}
 
-    def load_state_dict(self, state: dict, devices: dict[str, torch.device]) -> None:
-        self.tensors = _on_devices(state["references"], devices)
-        self._samples = state["reference_samples"]
+    @classmethod
+    def from_state(cls, state: dict, forms: dict[str, Form]) -> "BatchReferences":
+        """Raises ValueError where the state doesn't fit the modules."""
+        references = cls()
+        references.tensors = _loaded(state, forms, lambda form: [form.neurons])
+        references._samples = required(state, "reference_samples")
+        return references
 
 
 class SampleReferences:
     """A^ref of each sample at the starting weights: [samples, neurons] for each module, rows by sample id."""
 
     def __init__(self):
+        # with room for more rows at the end
         self.tensors: dict[str, Tensor] = {}
         self.rows: dict[int, int] = {}
         # by set_reference: no other sample is expected then
         self.complete = False
+        # modules in which nothing is left to be learnt
+        self._whole: set[str] = set()
 
-    def of(self, name: str, sample_ids: list[int]) -> Tensor | None:
-        """[batch, neurons], NaN where a sample or a neuron isn't known."""
-        stored = self.tensors.get(name)
-        known = [place for place, sample in enumerate(sample_ids) if sample in self.rows]
-        if stored is None or not known:
-            return None
-        found = stored[[self.rows[sample_ids[place]] for place in known]]
-        if len(known) == len(sample_ids):
-            return found
-        batch = stored.new_full((len(sample_ids), stored.shape[1]), torch.nan)
-        batch[known] = found
-        return batch
+    def for_batch(self, sample_ids: list[int]) -> LookUp:
+        """References are [batch, neurons], NaN where a sample or a neuron isn't known."""
+        unknown = [sample not in self.rows for sample in sample_ids]
+        index = _OnDevices([self.rows.get(sample, 0) for sample in sample_ids])
+        left_out = _OnDevices([[is_unknown] for is_unknown in unknown])
 
-    def take(self, attributions: dict[str, Tensor], samples: int, sample_ids: list[int]) -> None:
+        def of(name: str, hidden: Tensor) -> Tensor | None:
+            stored = self.tensors.get(name)
+            if stored is None or all(unknown):
+                return None
+            found = stored[index.on(stored.device)]
+            return found.masked_fill_(left_out.on(stored.device), torch.nan) if any(unknown) else found
+
+        return of
+
+    def store(self, attributions: dict[str, Tensor], samples: int, sample_ids: list[int]) -> None:
         """Stores what isn't known yet, and nothing else."""
+        attributions = {name: tensor for name, tensor in attributions.items() if name not in self._whole}
+        if not attributions:
+            return
         for sample in sample_ids:
             self.rows.setdefault(sample, len(self.rows))
         # a sample may be in a batch twice
         first = {sample: place for place, sample in reversed(list(enumerate(sample_ids)))}
-        rows, places = [self.rows[sample] for sample in first], list(first.values())
+        index, places = _OnDevices([self.rows[sample] for sample in first]), _OnDevices(list(first.values()))
         for name, attribution in attributions.items():
             self.tensors.setdefault(name, attribution[:0])
         for name, stored in self.tensors.items():
-            unknown = stored.new_full((len(self.rows) - len(stored), stored.shape[1]), torch.nan)
-            if len(unknown):
-                self.tensors[name] = torch.cat([stored, unknown])
+            self.tensors[name] = _with_room(stored, len(self.rows))
         for name, attribution in attributions.items():
-            stored = self.tensors[name]
-            known = stored[rows]
-            stored[rows] = torch.where(known.isnan(), attribution[places], known)
+            stored, device = self.tensors[name], attribution.device
+            known = stored[index.on(device)]
+            stored[index.on(device)] = torch.where(known.isnan(), attribution[places.on(device)], known)
+
+    @classmethod
+    def from_pass(cls, batches: list[tuple[list[int], dict[str, Tensor]]]) -> "SampleReferences":
+        """Of a pass over the forget set: (sample ids, attributions) of every batch, which are let go of."""
+        references = cls()
+        references.complete = True
+        for sample_ids, _ in batches:
+            for sample in sample_ids:
+                references.rows[sample] = len(references.rows)
+        for name in {name: None for _, attributions in batches for name in attributions}:
+            # all of them in one go: grown batch by batch, a large forget set would be copied again and again
+            parts = [(ids, attributions.pop(name, None)) for ids, attributions in batches]
+            row = next(part for _, part in parts if part is not None)[0]
+            whole = all(part is not None for _, part in parts)
+            references._whole |= {name} if whole else set()
+            references.tensors[name] = torch.cat(
+                [row.new_full((len(ids), len(row)), torch.nan) if part is None else part for ids, part in parts]
+            )
+        return references
 
     def state_dict(self) -> dict:
+        rows = len(self.rows)
         return {
-            "references": dict(self.tensors),
+            # a part of a tensor would be saved with all of its memory
+            "references": {
+                name: tensor if len(tensor) == rows else tensor[:rows].clone() for name, tensor in self.tensors.items()
+            },
             "reference_ids": list(self.rows),
             "reference_complete": self.complete,
         }
 
-    def load_state_dict(self, state: dict, devices: dict[str, torch.device]) -> None:
-        self.tensors = _on_devices(state["references"], devices)
-        self.rows = {sample: row for row, sample in enumerate(state["reference_ids"])}
-        self.complete = state["reference_complete"]
+    @classmethod
+    def from_state(cls, state: dict, forms: dict[str, Form]) -> "SampleReferences":
+        """Raises ValueError where the state doesn't fit the modules."""
+        references = cls()
+        ids = required(state, "reference_ids")
+        references.rows = {sample: row for row, sample in enumerate(ids)}
+        if len(references.rows) != len(ids):
+            raise ValueError("the saved state has a sample id twice in its 'reference_ids'")
+        references.tensors = _loaded(state, forms, lambda form: [len(ids), form.neurons])
+        references.complete = required(state, "reference_complete")
+        if references.complete:
+            references._whole = {name for name, tensor in references.tensors.items() if not tensor.isnan().any()}
+        return references
 
 
-def _on_devices(saved: dict[str, Tensor], devices: dict[str, torch.device]) -> dict[str, Tensor]:
-    return {name: tensor.to(devices[name], copy=True) for name, tensor in saved.items()}
+class _OnDevices:
+    """Numbers that the host knows, on every device that asks for them, once."""
+
+    def __init__(self, numbers: list):
+        self._numbers = numbers
+        self._tensors: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._tensors:
+            self._tensors[device] = to_device(self._numbers, device)
+        return self._tensors[device]
+
+
+def _with_room(stored: Tensor, rows: int) -> Tensor:
+    """At least so many rows, doubled where there are too few: samples come batch by batch."""
+    if len(stored) >= rows:
+        return stored
+    larger = stored.new_full((max(rows, 2 * len(stored)), stored.shape[1]), torch.nan)
+    larger[: len(stored)] = stored
+    return larger
+
+
+def _loaded(state: dict, forms: dict[str, Form], shape: Callable[[Form], list[int]]) -> dict[str, Tensor]:
+    saved = required(state, "references")
+    for name, tensor in saved.items():
+        if name not in forms:
+            raise ValueError(f"the saved state has references of {name}, which is no tapped module here")
+        if list(tensor.shape) != shape(forms[name]):
+            raise ValueError(
+                f"the saved state has references of {name} as {list(tensor.shape)}, they must be {shape(forms[name])}"
+            )
+    return {name: tensor.to(forms[name].device, forms[name].dtype, copy=True) for name, tensor in saved.items()}

@@ -1,6 +1,5 @@
 """The penalty at the grain of parameters: every scalar of a weight is a feature with an attribution of its own."""
 
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -18,13 +17,20 @@ from ssiuu_fast.references import (
     flat_state,
     from_flat_state,
     refuse_state_dtype,
+    required,
 )
 from ssiuu_fast.selection import NamedParameters, select_parameters
 from ssiuu_fast.step import MicroBatch, StepResult
+from ssiuu_fast.warn import warn_user
 
 
 class ParameterGrain:
     """The regularised parameters and what their attributions are compared with (Algorithm 1)."""
+
+    # the first step is compared with nothing, or with a mean over other samples too
+    starts_at_its_reference = False
+    # ‖∂R/∂φ‖ comes with every step
+    knows_share = True
 
     def __init__(
         self,
@@ -62,12 +68,23 @@ class ParameterGrain:
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters.values())
 
-    def check(self, samples: int, sample_ids: Tensor | None, last: bool) -> None:
+    def sample_numbers(self, samples: int, sample_ids: Tensor | None, last: bool) -> None:
         """Any micro-batch will do, and samples need no names."""
 
     def begin(self, scale: float, weight: float | None) -> "ParameterStep":
         """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
         return ParameterStep(self, scale, weight)
+
+    def settle(self) -> None:
+        """The last step is over; its penalty was added at once, so there is nothing to judge."""
+
+    def abandon(self) -> None:
+        """Nothing of a step is left to be added."""
+
+    def target_gradients(self, target: Tensor, *, scale: float = 1.0, retain_graph: bool = True) -> list[Tensor | None]:
+        """scale · ∂T/∂φ, None for parameters outside the graph."""
+        engines.refuse_frozen(self._parameters.items())
+        return engines.target_gradients(target, self.parameters, scale=scale, retain_graph=retain_graph)
 
     def add_penalty(
         self, gradients: dict[str, Tensor | None], samples: int, scale: float, weight: float | None
@@ -80,9 +97,8 @@ class ParameterGrain:
         first = self._references is None
         references = self._references or References(empty_references(self._parameters, self._state_dtype), samples)
         if first and self._reference == "initial":
-            warnings.warn(
-                "reference='initial' without set_reference(): the attributions of the first step's batch are kept",
-                stacklevel=6,
+            warn_user(
+                "reference='initial' without set_reference(): the attributions of the first step's batch are kept"
             )
         references.follow(samples)
 
@@ -118,8 +134,7 @@ class ParameterGrain:
         """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets, whose graphs are freed one by one."""
         mean = MeanAttribution(self._parameters, self._state_dtype)
         for batch in targets:
-            gradients = engines.target_gradients(batch.target, self.parameters, retain_graph=False)
-            mean.add(gradients, batch.samples)
+            mean.add(self.target_gradients(batch.target, retain_graph=False), batch.samples)
         self._references = mean.references()
 
     def state_dict(self) -> dict:
@@ -129,11 +144,12 @@ class ParameterGrain:
         }
 
     def load_state_dict(self, state: dict) -> None:
+        saved, samples = required(state, "references"), required(state, "reference_samples")
         references = None
-        if state["references"] is not None:
-            loaded = from_flat_state(self._parameters, self._state_dtype, state["references"])
-            references = References(loaded, state["reference_samples"])
+        if saved is not None:
+            references = References(from_flat_state(self._parameters, self._state_dtype, saved), samples)
         self._references = references
+        self._change = ChangeWatch()
 
 
 class ParameterStep:
@@ -148,7 +164,7 @@ class ParameterStep:
         self._underflows: list[Tensor] = []
 
     def add(self, batch: MicroBatch) -> None:
-        gradients = engines.target_gradients(batch.target, self._grain.parameters, scale=self.scale)
+        gradients = self._grain.target_gradients(batch.target, scale=self.scale)
         self._samples += batch.samples
         self._underflows.append(batch.underflows)
         if not self._gradients:
@@ -171,7 +187,7 @@ class ParameterStep:
             underflows=self._underflows,
             names=[name for name, gradient in gradients.items() if gradient is not None],
             nonfinite_counts=counts,
-            absent=sum(gradient is None for gradient in gradients.values()),
+            absent=[name for name, gradient in gradients.items() if gradient is None],
             change=change,
         )
 

@@ -1,12 +1,11 @@
 """The stored attributions that today's are compared with: one tensor a regularised parameter."""
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.selection import NamedParameters
+from ssiuu_fast.warn import warn_user
 
 EIGHT_BIT = "8bit"
 # what references are stored in; None is the parameter's dtype
@@ -35,15 +34,21 @@ class References:
             self.samples = samples
         elif samples != self.samples and not self._warned:
             self._warned = True
-            warn_of_another_size(samples, self.samples, stacklevel=8)
+            warn_of_another_size(samples, self.samples)
 
 
-def warn_of_another_size(samples: int, reference_samples: int, stacklevel: int) -> None:
-    warnings.warn(
+def warn_of_another_size(samples: int, reference_samples: int) -> None:
+    warn_user(
         f"a step of {samples} forget samples is compared with a reference over {reference_samples}: attributions "
-        "are sums over the batch: give every step the same number (drop_last, or a sampler that wraps around)",
-        stacklevel=stacklevel,
+        "are sums over the batch: give every step the same number (drop_last, or a sampler that wraps around)"
     )
+
+
+def required(state: dict, key: str):
+    """An entry of a saved state; ValueError where it is missing."""
+    if key not in state:
+        raise ValueError(f"the saved state has no {key!r}: give what state_dict() of a regulariser returned")
+    return state[key]
 
 
 def refuse_state_dtype(dtype: StateDtype, parameters: NamedParameters) -> None:

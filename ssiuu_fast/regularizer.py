@@ -1,21 +1,21 @@
 """The Ssiuu penalty in anybody's training loop."""
 
-import statistics
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
+from ssiuu_fast.calibration import Calibration
 from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
-from ssiuu_fast.references import StateDtype, state_dtype_name
+from ssiuu_fast.references import StateDtype, required, state_dtype_name
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
-from ssiuu_fast.targets import TARGETS, check_log_probs, target_sum
+from ssiuu_fast.targets import TARGETS, check_log_probs, reference_item, target_sum
+from ssiuu_fast.warn import warn_user
 
 REFERENCES = ("previous", "initial")
-CALIBRATION_STEPS = 4
 STATE_VERSION = 1
 # METHOD, open point 5: where to start
 STARTING_RELATIVE_WEIGHT = 30.0
@@ -49,8 +49,10 @@ class SSIUURegularizer:
     granularity: "parameter", as above, or "neuron": i is an output of a linear module, frozen or not. With its value
         h and g = ∂T/∂h, both [samples, tokens, neurons], A sums h·g over the tokens and, with "previous", the samples.
         2λ · 1[A < 0] · (A − A^ref) · g is added to the gradient at h while the loss is sent back, which must come from
-        the same forward pass as log_probs; from h it flows on to all that lies below. Needs the model. Between the two
-        backward passes one tensor of each such output is kept. Modules not in the graph keep their reference.
+        the same forward pass as log_probs; from h it flows on to all that lies below. The next backward pass through
+        the graph is taken to be the loss's: no other, like autograd.grad(loss, embeddings), may come between the two;
+        other regularisers may. Needs the model. Until then one tensor of each such output is kept, and frozen layers
+        below build a graph too. A module outside a step's graph has A = 0; its "initial" references stay.
     reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
         (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample.
     one_sided: penalise only A below its reference.
@@ -62,8 +64,8 @@ class SSIUURegularizer:
         attributions change less from step to step than few bits can show (`last_step.relative_change`). Of no use for
         neurons, whose references are small.
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
-        FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward` or
-        `last_step`), "count" only counts them.
+        FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward`,
+        `last_step` or `state_dict`, when the step was probably taken), "count" only counts them.
     process_group: more than one rank is not built yet.
     backend: see `ssiuu_fast.ops.penalty_` and `ssiuu_fast.ops.neuron_penalty`.
 
@@ -116,20 +118,11 @@ class SSIUURegularizer:
         self.one_sided = one_sided
         self.every = every
         self.relative_weight = relative_weight
-        # λ; None until it is calibrated
-        self.weight: float | None = weight if relative_weight is None else None
+        self._literal_weight = weight if relative_weight is None else None
         self._state_dtype = state_dtype
         self._raise_nonfinite = nonfinite == "raise"
-
-        self._step = 0
-        self._ratios: list[float] = []
-        self._awaiting_after_backward = False
-        # begun and waiting for more micro-batches
-        self._open_step: ParameterStep | NeuronStep | None = None
-        self._skipped = False
-        self._share_watch = ShareWatch(self.regularized_parameters)
-        self._last_step: StepStatistics | None = None
-        self._nonfinite = NonfiniteWatch()
+        self._warned_of_absent = False
+        self._start(step=0, weight=self._literal_weight, ratios=[])
 
     def backward(
         self,
@@ -151,18 +144,21 @@ class SSIUURegularizer:
         scale: the factor on the caller's loss (GradScaler.get_scale()), the same in all micro-batches of a step. A, R
             and the references don't depend on it.
         token_counts: [B] answer tokens, for target="mean_token_probability".
-        sample_ids: [B] whole numbers that name the samples, for neurons with reference="initial"; else of no use.
+        sample_ids: [B] whole numbers that name the samples, for neurons with reference="initial"; else of no use. Keep
+            them on the CPU: the host has to know them, and would wait for a GPU.
 
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
         non-finite attributions), RuntimeError where the graph can't give the gradient, FloatingPointError as
-        `nonfinite` says (the finite part was then added: don't take the step).
-        A call that raises abandons the step's earlier micro-batches.
+        `nonfinite` says (at parameter grain the finite part was then added: don't take the step).
+        A call that raises abandons the step (`abandon_step`); of neurons, a micro-batch whose loss was sent back before
+        keeps its penalty in `.grad`. After an error of your own between micro-batches, call abandon_step yourself.
         """
         try:
             return self._backward(log_probs, last, scale, token_counts, sample_ids)
         except BaseException:
             self._open_step = None
+            self._grain.abandon()
             raise
 
     def _backward(
@@ -172,7 +168,7 @@ class SSIUURegularizer:
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
-        sample_ids = self._grain.check(len(log_probs), sample_ids, last)
+        sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, last)
         self._skipped = self._step % self.every != 0
         if self._skipped:
             self._step += last
@@ -180,7 +176,7 @@ class SSIUURegularizer:
         if self._awaiting_after_backward:
             raise RuntimeError(
                 "after_backward() was not called in the last step: with relative_weight, call it in every step after "
-                "the last loss.backward(), before clipping"
+                "the last loss.backward(), before clipping; or abandon_step(), where a step is given up"
             )
         step = self._open_step or self._grain.begin(scale, None if self.weight is None else self.weight * self.every)
         if scale != step.scale:
@@ -193,6 +189,17 @@ class SSIUURegularizer:
         self._open_step = None
         return self._finish(step)
 
+    def abandon_step(self) -> None:
+        """Gives up the step that is under way, for loops that catch errors and go on with the next batch.
+
+        Without it the micro-batches given so far would be summed with those of the next step. What they would still add
+        to a loss's backward pass isn't added any more, and after_backward isn't waited for. What was added to `.grad`
+        stays there: clear it as ever. Does nothing between two steps.
+        """
+        self._open_step = None
+        self._awaiting_after_backward = False
+        self._grain.abandon()
+
     def set_reference(self, log_prob_batches: Iterable[Tensor | tuple]) -> None:
         """reference="initial": takes A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the forget set at the starting weights.
 
@@ -201,7 +208,8 @@ class SSIUURegularizer:
         number of samples seen, b the number of samples of the first regularised step.
 
         At neuron granularity A_ref is that of each sample, an item is (log_probs, token_counts or None, sample_ids)
-        and `backward` then refuses samples that weren't in the pass.
+        and `backward` then refuses samples that weren't in the pass. That is a number a neuron and sample, beside the
+        weights: 3.1 MB a sample for Llama-3.2-3B.
         """
         if self.reference != "initial":
             raise ValueError(
@@ -213,10 +221,9 @@ class SSIUURegularizer:
 
     def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
-            item = item if isinstance(item, tuple) else (item,)
-            log_probs, token_counts, sample_ids = (*item, None, None)[:3]
+            log_probs, token_counts, sample_ids = reference_item(item)
             check_log_probs(log_probs, self.target, token_counts)
-            sample_ids = self._grain.check(len(log_probs), sample_ids, True)
+            sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, True)
             target, underflows = target_sum(log_probs, self.target, token_counts)
             yield MicroBatch(target, len(log_probs), underflows, sample_ids)
 
@@ -230,14 +237,16 @@ class SSIUURegularizer:
         if not self._awaiting_after_backward:
             return
         self._awaiting_after_backward = False
-        penalty_norm = self._last_step.penalty_gradient_norm
+        self._grain.settle()
+        if self._step == 1 and self._grain.starts_at_its_reference:
+            # what differs is rounding
+            return
+        last = self._last_step
         loss_norm = gradient_norm(self.regularized_parameters) / scale
-        # neurons are compared with their own first values: in the first step what differs is rounding
-        at_the_start = self.granularity == "neuron" and self._step == 1
-        if not at_the_start and 0 < penalty_norm < float("inf") and 0 < loss_norm < float("inf"):
-            self._ratios.append(loss_norm / penalty_norm)
-        if len(self._ratios) == CALIBRATION_STEPS:
-            self.weight = self.relative_weight * statistics.median(self._ratios)
+        self._calibration.see(last.penalty, last.penalty_gradient_norm, loss_norm)
+        self.weight = self._calibration.weight()
+        if self.weight is not None and not self._grain.knows_share:
+            self._share_watch.judge(self.every * self._calibration.share())
 
     def penalty_share(self, gradient_norm: float) -> float | None:
         """‖every · λ ∂R/∂φ‖ ÷ gradient_norm in this step, for the log; 0 in steps without a penalty.
@@ -245,7 +254,9 @@ class SSIUURegularizer:
         None where it isn't known: at neuron granularity once λ is fixed (StepStatistics.penalty_gradient_norm).
 
         gradient_norm: the norm of the step's whole gradient at scale 1, as clip_grad_norm_ returns it. Warns once, in
-        plain words, where the penalty has been too small to matter over its first 10 steps.
+        plain words, where the penalty has been too small to matter over its first 10 steps. Neurons: by the steps
+        that relative_weight is calibrated in, when λ is fixed; with a literal weight nothing is known to warn of, not
+        even that 16-bit gradients swallow the penalty.
         """
         if self._skipped or self._last_step is None or not gradient_norm > 0:
             return 0.0
@@ -256,6 +267,11 @@ class SSIUURegularizer:
         if self.weight is not None:
             self._share_watch.see(share)
         return share
+
+    @property
+    def takes_micro_batches(self) -> bool:
+        """Whether a step may be given in several calls, all but one with last=False."""
+        return self.granularity == "parameter" or self.reference == "initial"
 
     @property
     def step_was_skipped(self) -> bool:
@@ -279,15 +295,23 @@ class SSIUURegularizer:
         return self._grain.parameters
 
     def state_dict(self) -> dict:
-        """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter)."""
+        """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter).
+
+        The tensors are the live ones: save or clone them before the next step.
+        """
+        self._check_nonfinite()
         if self._open_step is not None:
-            raise RuntimeError("state_dict was asked for between the micro-batches of a step: save after the step")
+            raise RuntimeError(
+                "state_dict was asked for between the micro-batches of a step: save after the step, or call "
+                "abandon_step() first if it was given up"
+            )
+        self._grain.settle()
         return {
             "version": STATE_VERSION,
             "settings": self._settings(),
             "step": self._step,
             "weight": self.weight,
-            "ratios": list(self._ratios),
+            "ratios": [] if self._calibration is None else list(self._calibration.ratios),
             **self._grain.state_dict(),
         }
 
@@ -297,16 +321,28 @@ class SSIUURegularizer:
             raise ValueError(
                 f"state version {state.get('version')!r} can't be read: this package writes {STATE_VERSION}"
             )
+        settings = required(state, "settings")
         for name, ours in self._settings().items():
-            saved = state["settings"].get(name)
+            saved = settings.get(name)
             if saved != ours:
                 raise ValueError(f"the saved state has {name}={saved!r}, this regulariser {name}={ours!r}")
+        step, weight, ratios = (required(state, key) for key in ("step", "weight", "ratios"))
         self._grain.load_state_dict(state)
-        self._step = state["step"]
-        self.weight = state["weight"]
-        self._ratios = list(state["ratios"])
-        self._open_step = None
+        self._start(step, weight, ratios)
+
+    def _start(self, step: int, weight: float | None, ratios: list[float]) -> None:
+        """Between two steps, at the beginning or where a saved run was left."""
+        # λ; None until it is calibrated
+        self.weight: float | None = weight
+        self._step = step
+        self._calibration = None if self.relative_weight is None else Calibration(self.relative_weight, ratios)
         self._awaiting_after_backward = False
+        # begun and waiting for more micro-batches
+        self._open_step: ParameterStep | NeuronStep | None = None
+        self._skipped = False
+        self._share_watch = ShareWatch(self.regularized_parameters)
+        self._last_step: StepStatistics | None = None
+        self._nonfinite = NonfiniteWatch()
 
     def _settings(self) -> dict:
         return {
@@ -315,6 +351,7 @@ class SSIUURegularizer:
             "reference": self.reference,
             "one_sided": self.one_sided,
             "every": self.every,
+            "weight": self._literal_weight,
             "relative_weight": self.relative_weight,
             "state_dtype": state_dtype_name(self._state_dtype),
         }
@@ -322,6 +359,7 @@ class SSIUURegularizer:
     def _finish(self, step: ParameterStep | NeuronStep) -> Tensor:
         calibrating = self.weight is None
         result = step.finish()
+        self._warn_of_absent(result.absent)
         self._last_step = StepStatistics(result, 0.0 if calibrating else self.weight, self.every)
         self._step += 1
         self._awaiting_after_backward = calibrating
@@ -335,9 +373,18 @@ class SSIUURegularizer:
         try:
             self._nonfinite.check()
         except FloatingPointError:
-            # the step is not to be taken, so nobody will call it
+            # the step is not to be taken, so nobody will call it, or send its loss back
             self._awaiting_after_backward = False
+            self._grain.abandon()
             raise
+
+    def _warn_of_absent(self, absent: list[str]) -> None:
+        if absent and not self._warned_of_absent:
+            self._warned_of_absent = True
+            warn_user(
+                f"{absent[0]} is not in this step's graph, and so has no attribution and no penalty in it; the same of "
+                f"{len(absent) - 1} others. This is said once, and `last_step.absent` counts them"
+            )
 
 
 def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:

@@ -5,6 +5,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ssiuu_fast.warn import warn_user
+
 NamedParameters = dict[str, nn.Parameter]
 
 
@@ -28,6 +30,11 @@ def select_parameters(
     selected = {name: parameter for name, parameter in candidates.items() if parameter.requires_grad}
     if not selected:
         raise ValueError(_nothing_selected(len(named), len(candidates), patterns))
+    if patterns is None and isinstance(model_or_named_parameters, nn.Module):
+        stacked = [p for p in _stacked_weights(model_or_named_parameters) if named[p].requires_grad]
+        _warn_of_stacked(
+            stacked, "to regularise them too, choose all by name, parameters=['*_proj.weight', {patterns}]"
+        )
     return selected
 
 
@@ -52,7 +59,19 @@ def select_modules(model: nn.Module, patterns: Iterable[str] | None) -> dict[str
         matching = _matching(weights, patterns, "weights of linear modules")
         selected = {name.removesuffix(".weight"): module for name, module in matching.items()}
     if not selected:
-        raise ValueError(_nothing_selected(len(linear), 0, patterns))
+        if not linear:
+            raise ValueError(
+                "the model has no linear module, whose outputs would be the neurons: use granularity='parameter'"
+            )
+        raise ValueError(
+            f"none of the {len(linear)} linear modules is in a numbered block: choose them by the names of their "
+            "weights, parameters=['*weight']"
+        )
+    if patterns is None:
+        remedy = (
+            "with granularity='neuron' that is not possible, use granularity='parameter' and parameters=[{patterns}]"
+        )
+        _warn_of_stacked(_stacked_weights(model), remedy)
     return selected
 
 
@@ -81,6 +100,31 @@ def _block_weights(model: nn.Module) -> NamedParameters:
         if _in_block(name) and _is_linear(module):
             found[f"{name}.weight"] = module.weight
     return _unique(found.items())
+
+
+def _stacked_weights(model: nn.Module) -> list[str]:
+    """Names of parameters of 3 and more dimensions in the blocks that are no linear module's: fused MoE experts."""
+    linear = [name for name, module in model.named_modules() if _is_linear(base_layer(module))]
+    inside = tuple(f"{name}." for name in linear)
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() >= 3 and _in_block(name) and not name.startswith(inside)
+    ]
+
+
+def _warn_of_stacked(names: list[str], remedy: str) -> None:
+    """remedy: with a place for the patterns that choose them."""
+    if not names:
+        return
+    # one name for all blocks
+    alike = {".".join("*" if part.isdecimal() else part for part in name.split(".")) for name in names}
+    patterns = {"*experts*" if "experts" in name else name for name in alike}
+    warn_user(
+        f"{', '.join(sorted(alike))}: these {len(names)} parameters are no linear modules' weights (experts of a "
+        "mixture, stacked into one tensor), so the penalty leaves them out: "
+        + remedy.format(patterns=", ".join(map(repr, sorted(patterns))))
+    )
 
 
 def _in_block(name: str) -> bool:

@@ -1,10 +1,11 @@
 """The penalty's share of the gradient: when it is too small to matter, in plain words."""
 
 import statistics
-import warnings
 from collections.abc import Iterable
 
 from torch import nn
+
+from ssiuu_fast.warn import warn_user
 
 # below this mean share the penalty can't matter: 2e-4 changed nothing (METHOD, open point 5)
 SMALL_SHARE = 1e-2
@@ -37,7 +38,10 @@ class ShareWatch:
         if len(self._shares) == STEPS_WATCHED:
             return
         self._shares.append(share)
-        if len(self._shares) == STEPS_WATCHED and (
-            reason := too_small(statistics.mean(self._shares), self._parameters)
-        ):
-            warnings.warn(reason, stacklevel=3)
+        if len(self._shares) == STEPS_WATCHED:
+            self.judge(statistics.mean(self._shares))
+
+    def judge(self, share: float) -> None:
+        """Warns if this mean share is too small."""
+        if reason := too_small(share, self._parameters):
+            warn_user(reason)

@@ -10,6 +10,13 @@ from torch import Tensor, nn
 
 from ssiuu_fast.host_copy import HostCopy
 
+# what to do about a step with non-finite attributions; a GPU is not waited for
+IN_TIME = "Don't take this step"
+LATE = (
+    "They were counted on a GPU in the step before, which was probably taken: where the weights are no numbers any "
+    "more, go back to saved ones"
+)
+
 
 @dataclass
 class MicroBatch:
@@ -33,7 +40,7 @@ class StepResult:
     underflows: list[Tensor]  # one a micro-batch
     names: list[str]
     nonfinite_counts: Tensor  # one a name
-    absent: int
+    absent: list[str]
     change: Tensor | None = None  # see ChangeWatch.measure
 
 
@@ -79,7 +86,7 @@ class StepStatistics:
     @property
     def absent(self) -> int:
         """Regularised parameters, or tapped modules, that were not in the step's graph."""
-        return self.result.absent
+        return len(self.result.absent)
 
     @cached_property
     def penalty_gradient_norm(self) -> float | None:
@@ -122,8 +129,9 @@ class NonfiniteWatch:
             listed = ", ".join(f"{name} ({count})" for name, count in named[:8])
             more = f" and {len(named) - 8} more" if len(named) > 8 else ""
             raise FloatingPointError(
-                f"non-finite attributions in {listed}{more}: those elements added nothing. Don't take this step; lower "
-                "the learning rate or the scale, or pass nonfinite='count' to go on without them"
+                f"non-finite attributions in {listed}{more}: those elements added nothing. "
+                f"{LATE if copy.from_gpu else IN_TIME}; lower the learning rate or the scale, or pass "
+                "nonfinite='count' to go on without them"
             )
 
 

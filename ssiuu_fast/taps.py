@@ -25,8 +25,10 @@ class Taps:
     def __init__(self, modules: dict[str, nn.Module]):
         self._scalar = torch.zeros((), requires_grad=True)
         self._see: Callable[[TappedOutput, Tensor, Tensor], None] | None = None
-        # whether the model writes into a module's output; a module that isn't here was never measured
-        self._overwritten: dict[str, bool] = {}
+        self._visiting = False
+        # whether the model writes into a module's output, by name and whether it trains: an in-place dropout only does
+        # then. What isn't here was never measured
+        self._overwritten: dict[tuple[str, bool], bool] = {}
         handles = [module.register_forward_hook(_Hook(self, name)) for name, module in modules.items()]
         weakref.finalize(self, _remove, handles)
 
@@ -49,24 +51,35 @@ class Taps:
         finally:
             self._see = None
 
-    def tap(self, name: str, output: Tensor) -> Tensor:
+    def visit_gradients(
+        self, target: Tensor, parameters: list[nn.Parameter], visit: Callable[[int, Tensor], None]
+    ) -> None:
+        """Runs visit(index, gradient) on what the injections alone come to at each parameter; they are used up."""
+        self._visiting = True
+        try:
+            engines.visit_gradients(target, parameters, visit)
+        finally:
+            self._visiting = False
+
+    def tap(self, name: str, output: Tensor, training: bool) -> Tensor:
         """The output with a tap on it: equal values, in the same memory or a copy."""
-        tapped = TappedOutput(self, name, output)
+        tapped = TappedOutput(self, name, output, training)
         output = _Tap.apply(output, self._scalar, tapped)
-        if self._overwritten.get(name, True):
+        if self._overwritten.get((name, training), True):
             # autograd refuses writes into the result of an identity, which would change h: a copy takes them. Whether
             # a model does this is seen when the first graph is measured, and most don't
             output = output.clone()
             tapped.writes = _version_counter(output)
         return output
 
-    def receive(self, tapped: "TappedOutput", gradient: Tensor) -> Tensor:
+    def send_back(self, tapped: "TappedOutput", gradient: Tensor) -> Tensor:
         """What the backward of a tap does: gradient is that of its output, the result that of its input."""
         if self._see is None:
-            return tapped.pass_on(gradient)
+            # another regulariser that looks at this graph must not use up what the loss's pass is to add
+            return tapped.pass_on(gradient, add=self._visiting or not engines.is_measuring())
         if tapped.writes is not None:
-            self._overwritten[tapped.name] = tapped.writes._version > 0
-        self._see(tapped, tapped.take_hidden(), gradient)
+            self._overwritten[tapped.name, tapped.training] = tapped.writes._version > 0
+        self._see(tapped, tapped.release_hidden(), gradient)
         return gradient
 
 
@@ -74,25 +87,24 @@ class TappedOutput:
     """One output h of a tapped module, in one graph. It keeps a single tensor of that size: first h, then what is to
     be added to its gradient."""
 
-    def __init__(self, taps: Taps, name: str, output: Tensor):
+    def __init__(self, taps: Taps, name: str, output: Tensor, training: bool):
         self.name = name
+        self.training = training
         # counts the writes into the copy that the model works on, where it has one
         self.writes: Tensor | None = None
         # strong: a graph may be sent back after the taps were given up
-        self._taps = taps
+        self.taps = taps
         self._injection: Tensor | None = None
         self._hidden = _Keep.apply(output.detach(), taps._scalar).grad_fn
 
-    def receive(self, gradient: Tensor) -> Tensor:
-        return self._taps.receive(self, gradient)
-
     def inject(self, injection: Tensor, pending: "PendingInjections") -> None:
-        """The next backward pass through the graph adds `injection` to the gradient at h, once; it is overwritten."""
+        """The next backward pass through the graph, unless it is one that only measures, adds `injection` to the
+        gradient at h, once; it is overwritten."""
         self._injection = injection
         self._pending = pending
         pending.count += 1
 
-    def take_hidden(self) -> Tensor:
+    def release_hidden(self) -> Tensor:
         if self._hidden is None:
             raise RuntimeError(
                 "this graph was measured before: call regularizer.backward(log_probs) once for each forward pass, "
@@ -103,13 +115,15 @@ class TappedOutput:
         self._hidden = None
         return hidden
 
-    def pass_on(self, gradient: Tensor) -> Tensor:
+    def pass_on(self, gradient: Tensor, add: bool) -> Tensor:
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             # the engine frees what the graph has saved, node by node, and so do we
             self._hidden = None
-        if self._injection is None:
+        if self._injection is None or not add:
             return gradient
         injection, self._injection = self._injection, None
+        if self._pending.abandoned:
+            return gradient
         self._pending.count -= 1
         return injection.add_(gradient)
 
@@ -119,6 +133,12 @@ class PendingInjections:
     """How many injections didn't meet a backward pass yet; those of a graph that was dropped never will."""
 
     count: int = 0
+    abandoned: bool = False
+
+    def abandon(self) -> None:
+        """They are not to be added any more."""
+        self.count = 0
+        self.abandoned = True
 
 
 class _Tap(torch.autograd.Function):
@@ -129,7 +149,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return ctx.tapped.receive(gradient), None, None
+        return ctx.tapped.taps.send_back(ctx.tapped, gradient), None, None
 
 
 class _Keep(torch.autograd.Function):
@@ -154,7 +174,7 @@ class _Hook:
         # what a compiled graph makes of a tap was settled when it was traced: there is none in it
         if taps is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return output
-        return taps.tap(self._name, output)
+        return taps.tap(self._name, output, module.training)
 
     def __reduce__(self):
         return _Hook, (None, self._name)

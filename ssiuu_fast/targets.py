@@ -49,3 +49,15 @@ def check_log_probs(log_probs: Tensor, target: str, token_counts: Tensor | None)
             raise ValueError("target='mean_token_probability' needs token_counts: pass answer_token_counts(labels)")
         if token_counts.shape != log_probs.shape or (on_cpu and not (token_counts > 0).all()):
             raise ValueError(f"token_counts must be {len(log_probs)} numbers above 0, got {token_counts.tolist()}")
+
+
+def reference_item(item: Tensor | tuple) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(log_probs, token_counts, sample_ids) of an item that set_reference was given in one of its three forms."""
+    if isinstance(item, Tensor):
+        item = (item,)
+    if not isinstance(item, tuple) or len(item) not in (1, 2, 3):
+        raise TypeError(
+            f"set_reference was given a {type(item).__name__}: an item is log_probs, (log_probs, token_counts) or "
+            "(log_probs, token_counts or None, sample_ids)"
+        )
+    return (*item, None, None)[:3]

@@ -88,7 +88,8 @@ def unlearn(
     step and one an evaluation. A run that never reaches the threshold, or whose gradient stops being a number, ends
     with the weights of its lowest score, and says so in `notes`.
 
-    Raises ValueError for an unknown objective, an empty forget set, or an objective without the retain rows it needs.
+    Raises ValueError for an unknown objective, an empty forget set, an objective without the retain rows it needs, or
+    micro-batches that the regulariser can't take.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
@@ -97,6 +98,13 @@ def unlearn(
         raise ValueError("the forget set is empty")
     if terms.retain is not None and not retain:
         raise ValueError(f"{terms.name} needs retain rows and there are none: give a retain set, or use objective 'ga'")
+    split = micro_batch_size is not None and micro_batch_size < batch_size
+    if split and regularizer is not None and not regularizer.takes_micro_batches:
+        raise ValueError(
+            f"micro_batch_size={micro_batch_size} is smaller than batch_size={batch_size}: neurons with "
+            "reference='previous' have attributions that are sums over the whole batch. Leave micro_batch_size out, or "
+            "use reference='initial'"
+        )
     log = log or (lambda row: None)
     progress = Progress(threshold, [forget_score()])
     log({"epoch": 0, "forget_score": progress.scores[0]})
@@ -246,8 +254,10 @@ def _penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dic
     if regularizer.step_was_skipped:
         return {"penalty": None, "penalty_share": share}
     last = regularizer.last_step
-    change = {} if last.relative_change is None else {"relative_change": last.relative_change}
-    return change | {
+    now_and_then = {} if last.relative_change is None else {"relative_change": last.relative_change}
+    if last.absent:
+        now_and_then["absent"] = last.absent
+    return now_and_then | {
         "penalty": last.penalty,
         "penalty_norm": last.added_norm,
         "penalty_share": share,

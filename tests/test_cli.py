@@ -8,6 +8,7 @@ import pytest
 from taught import small_task
 
 from ssiuu_fast.cli import main
+from ssiuu_fast.options import UnlearnOptions
 
 
 def write(path, examples):
@@ -230,3 +231,10 @@ def test_a_model_that_never_forgot_can_be_attacked_with_every_row(taught_folder,
     assert "--only_wrong false" in capsys.readouterr().err
     assert main(["attack", *flags, "--only_wrong", "false", "--output", str(tmp_path / "b")]) == 0
     assert json.loads((tmp_path / "b" / "results.json").read_text())[0]["recovered"] >= 0.8
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", "bfloat16"])
+def test_few_bits_are_refused_for_neurons(state_dtype):
+    with pytest.raises(ValueError, match=f"state_dtype={state_dtype} is of no use with granularity=neuron"):
+        UnlearnOptions("model", "forget", granularity="neuron", state_dtype=state_dtype)
+    UnlearnOptions("model", "forget", granularity="neuron", state_dtype="float32")

@@ -1,7 +1,9 @@
 """The tests for a GPU, as far as they can be run without one: they are found, and their checks pass on the CPU."""
 
+import itertools
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,8 @@ import neuron_grid  # noqa: E402
 import penalty_grid  # noqa: E402
 import small_grid  # noqa: E402
 import test_gpu_large  # noqa: E402
+import test_gpu_sanitizer  # noqa: E402
 from operator_calls import OPERATORS, check_determinism  # noqa: E402
-
-from ssiuu_fast import ops  # noqa: E402
 
 CPU = torch.device("cpu")
 # "auto" is C++ where it has a kernel
@@ -47,30 +48,53 @@ def test_they_are_skipped_with_the_reason_where_there_is_no_device():
     one = str(TESTS / "gpu" / "test_gpu_sanitizer.py")
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rs", "-p", "no:cacheprovider", one]
     run = subprocess.run(command, capture_output=True, text=True, cwd=TESTS.parent)
-    assert run.returncode == 0 and "2 skipped" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0 and "3 skipped" in run.stdout, run.stdout + run.stderr
     assert "torch.cuda finds no CUDA device here" in run.stdout
 
 
-@pytest.fixture
-def combinations():
-    if hasattr(ops, "Blockwise8"):
-        return penalty_grid.COMBINATIONS
-    return [c for c in penalty_grid.COMBINATIONS if c[2] != "8bit"]
+def test_a_command_that_is_watched(tmp_path):
+    print_and = "import sys; print('said', flush=True); print('complained', file=sys.stderr, flush=True); "
+    for then, seconds, expected in (("sys.exit(9)", 60, 9), ("import time; time.sleep(600)", 3, None)):
+        command = [sys.executable, "-c", print_and + then]
+        # as compute-sanitizer does: what is watched is started by what is waited for
+        outer = [sys.executable, "-c", f"import subprocess, sys; sys.exit(subprocess.call({command!r}))"]
+        start = time.monotonic()
+        status, said = test_gpu_sanitizer.watched(outer, tmp_path / "said.txt", seconds)
+        assert status == expected and said.splitlines() == ["said", "complained"]
+        assert time.monotonic() - start < 60
 
 
 @BACKENDS
-def test_the_grid_of_penalty(backend, combinations):
+def test_the_grid_of_penalty(backend):
     for number, options in enumerate(penalty_grid.OPTIONS):
-        case = penalty_grid.case_of(combinations, options, number)
+        case = penalty_grid.case_of(penalty_grid.COMBINATIONS, options, number)
         penalty_grid.check(case, CPU, backend, number % 3, f"options {options}")
     for seed in range(30):
         penalty_grid.check(penalty_grid.random_call(seed), CPU, backend, seed % 3, f"case {seed}")
         penalty_grid.check_poisoned(penalty_grid.random_call(seed, poison=True), CPU, backend, seed % 3, f"case {seed}")
 
 
-def test_the_grid_finds_what_is_wrong(combinations):
+@BACKENDS
+def test_the_grid_that_triton_gets(backend):
+    met = [set(), set()]
+    for number, options in enumerate(penalty_grid.OPTIONS):
+        combinations = penalty_grid.covering(number)
+        assert len(combinations) == 6 and set(combinations) <= set(penalty_grid.COMBINATIONS)
+        assert [len(set(role)) for role in zip(*combinations, strict=True)] == [3, 3, 4, 3]
+        met[number % 2] |= {pair for row in combinations for pair in itertools.combinations(enumerate(row), 2)}
+        case = penalty_grid.case_of(combinations, options, number)
+        penalty_grid.check(case, CPU, backend, number % 3, f"options {options}")
+    # of four roles with 3, 3, 4 and 3 dtypes every two
+    assert len(met[0] | met[1]) == 3 * 3 * 3 + 3 * 3 * 4
+    for seed in range(30):
+        penalty_grid.check(penalty_grid.covered_call(seed), CPU, backend, seed % 3, f"case {seed}")
+        poisoned = penalty_grid.covered_call(seed, poison=True)
+        penalty_grid.check_poisoned(poisoned, CPU, backend, seed % 3, f"poisoned case {seed}")
+
+
+def test_the_grid_finds_what_is_wrong():
     def run_with(change):
-        case = penalty_grid.case_of(combinations, penalty_grid.OPTIONS[2], 0)
+        case = penalty_grid.case_of(penalty_grid.COMBINATIONS, penalty_grid.OPTIONS[2], 0)
         mine = penalty_grid.placed(case, CPU, penalty_grid.ODD)
         theirs = penalty_grid.placed(case, CPU, penalty_grid.ODD)
         change(mine)
@@ -107,15 +131,11 @@ def test_the_calls_give_the_same_bits(operator):
 
 
 def test_the_grid_for_a_memory_checker():
-    if not hasattr(ops, "Blockwise8"):
-        pytest.skip("there are no references of 8 bits yet")
     small_grid.main(CPU, "auto")
 
 
 @pytest.mark.parametrize("kind", ["bf16", "8bit"])
 def test_large_tensors_slice_by_slice(kind, monkeypatch):
-    if kind == "8bit" and not hasattr(ops, "Blockwise8"):
-        pytest.skip("there are no references of 8 bits yet")
     monkeypatch.setattr(test_gpu_large, "skip_unless_free", lambda gigabytes: None)
     for name, value in {"ELEMENTS": 2**15 + 4099, "SLICE": 2**13, "SHAPE": (3, 50, 1024)}.items():
         monkeypatch.setattr(test_gpu_large, name, value)

@@ -54,14 +54,17 @@ def test_counts_are_looked_at_once(log):
     watch.check()
     watch.expect(["a", "b"], OnDevice([0, 2]))
     assert log.count("waited") == 1
-    with pytest.raises(FloatingPointError, match=r"non-finite attributions in b \(2\): those"):
+    with pytest.raises(FloatingPointError, match=r"non-finite attributions in b \(2\): those .* was probably taken"):
         watch.check()
     watch.check()
+    watch.expect(["a"], torch.tensor([1]))
+    with pytest.raises(FloatingPointError, match="Don't take this step"):
+        watch.check()
 
 
 def test_the_regulariser_raises_at_the_next_look(monkeypatch):
     weight = nn.Parameter(torch.full((3,), -1.0))
-    for look in (lambda r: r.last_step, lambda r: r.backward(weight.sum().reshape(1))):
+    for look in (lambda r: r.last_step, lambda r: r.backward(weight.sum().reshape(1)), lambda r: r.state_dict()):
         regularizer = SSIUURegularizer([("w", weight)])
         regularizer.backward(weight.sum().reshape(1))
         # as if a GPU had counted one in that step

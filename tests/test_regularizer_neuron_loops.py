@@ -207,21 +207,40 @@ class Sometimes(Residual):
         return SimpleNamespace(logits=self.head(third(x) if self.whole else x))
 
 
-@pytest.mark.parametrize("reference", ["previous", "initial"])
-@pytest.mark.filterwarnings("ignore:reference='initial'")
-def test_a_module_outside_the_graph_keeps_its_reference_and_is_counted(reference):
+def test_a_module_outside_the_graph_has_an_attribution_of_zero_and_is_counted():
     model = Sometimes()
-    regularizer = neurons(model, reference=reference)
-    absent = []
+    regularizer = neurons(model)
+    references, absent = [], []
     for whole in (True, False, True):
         model.whole = whole
-        step(model, regularizer, batch(seed=0), ids=IDS)
+        penalty = step(model, regularizer, batch(seed=0))
+        references.append(regularizer.state_dict()["references"])
         absent.append(regularizer.last_step.absent)
-        if whole:
-            stored = regularizer.state_dict()["references"]["layers.2"].clone()
-        else:
-            assert torch.equal(regularizer.state_dict()["references"]["layers.2"], stored)
     assert absent == [0, 1, 0]
+    _, before, now = references
+    assert "layers.2" not in before
+    # R = Σ (A − A_before)² where A < 0
+    expected = sum(((a - before.get(name, 0)) ** 2)[a < 0].sum().item() for name, a in now.items())
+    assert penalty == pytest.approx(expected)
+    assert penalty > (now["layers.2"].clamp(max=0) ** 2).sum() > 0
+
+
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_a_module_outside_the_graph_keeps_its_initial_references():
+    model = Sometimes()
+    regularizer = neurons(model, reference="initial")
+    step(model, regularizer, batch(seed=0), ids=IDS)
+    stored = regularizer.state_dict()["references"]["layers.2"].clone()
+    model.whole = False
+    step(model, regularizer, batch(seed=0), ids=IDS + 3)
+    model.whole = True
+    kept = regularizer.state_dict()["references"]["layers.2"]
+    assert torch.equal(kept[:5], stored)
+    # of new samples it is learnt when it comes
+    assert kept[5:].isnan().all()
+    step(model, regularizer, batch(seed=0), ids=IDS + 3)
+    kept = regularizer.state_dict()["references"]["layers.2"]
+    assert torch.equal(kept[:5], stored) and not kept.isnan().any()
 
 
 class Adapted(nn.Module):

@@ -10,7 +10,7 @@ from plain_neurons import PlainNeurons
 from steps import assert_close, gradients, step
 from tiny import batch, log_probs_of, tiny_llama
 
-from ssiuu_fast import SSIUURegularizer, answer_token_counts
+from ssiuu_fast import SSIUURegularizer, answer_token_counts, neuron_references
 
 
 @pytest.mark.parametrize("reference", ["previous", "initial"])
@@ -188,3 +188,108 @@ def test_a_step_of_another_size_is_warned_of_once():
         step(model, regularizer, batch(samples=3))
         step(model, regularizer, batch(samples=4))
     assert len(said) == 1
+
+
+def test_float16_is_calibrated_at_a_large_scale():
+    weights = []
+    for dtype, scale in ((torch.float32, 1.0), (torch.float16, 1024.0)):
+        model = tiny_llama(dtype)
+        regularizer = neurons(model, relative_weight=3.0)
+        for seed in range(5):
+            model.zero_grad()
+            step(model, regularizer, batch(seed=seed), scale=scale)
+            regularizer.after_backward(scale)
+        weights.append(regularizer.weight)
+    assert weights[1] == pytest.approx(weights[0], rel=0.05)
+
+
+@pytest.mark.parametrize(("relative_weight", "count"), [(1e-3, 1), (1.0, 0)])
+def test_a_penalty_that_16_bits_swallow_is_known_by_its_calibration(relative_weight, count, recwarn):
+    model = tiny_llama(torch.bfloat16)
+    regularizer = neurons(model, relative_weight=relative_weight)
+    for seed in range(8):
+        model.zero_grad()
+        step(model, regularizer, batch(seed=seed))
+        regularizer.after_backward()
+    said = [str(warning.message) for warning in recwarn if "too little to matter" in str(warning.message)]
+    assert len(said) == count
+    assert all("16-bit gradients swallow" in message for message in said)
+
+
+def without(state, key):
+    return {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(reference):
+    model = tiny_llama()
+    regularizer = neurons(model, reference=reference)
+    if reference == "initial":
+        regularizer.set_reference([(log_probs_of(model, batch()), None, IDS)])
+    step(model, regularizer, batch(), ids=IDS)
+    state = regularizer.state_dict()
+    name = "model.layers.0.mlp.down_proj"
+    references = state["references"]
+    keys = {"settings", "step", "weight", "ratios", "neurons", "references"}
+    keys |= {"reference_samples"} if reference == "previous" else {"reference_ids", "reference_complete"}
+    broken = {f"has no {key!r}": without(state, key) for key in keys}
+    broken["of elsewhere, which is no tapped module"] = state | {"references": {"elsewhere": references[name]}}
+    shape = r"\[17\], they must be \[16\]" if reference == "previous" else r"\[5, 17\], they must be \[5, 16\]"
+    wide = torch.zeros(17) if reference == "previous" else torch.zeros(5, 17)
+    broken[rf"{name} as {shape}"] = state | {"references": references | {name: wide}}
+    if reference == "initial":
+        broken[r"as \[5, 16\], they must be \[4, 16\]"] = state | {"reference_ids": [0, 1, 2, 3]}
+        broken["a sample id twice"] = state | {"reference_ids": [0, 1, 2, 3, 3]}
+    other = neurons(model, reference=reference)
+    empty = other.state_dict()
+    for message, bad in broken.items():
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(bad)
+        assert other.state_dict() == empty
+    other.load_state_dict(state)
+    assert other.state_dict()["references"].keys() == references.keys()
+
+
+def test_a_state_of_another_precision_is_cast():
+    model, double = tiny_llama(torch.float32), tiny_llama(torch.float64)
+    one, other = neurons(model), neurons(double)
+    step(model, one, batch(seed=0))
+    other.load_state_dict(one.state_dict())
+    assert {tensor.dtype for tensor in other.state_dict()["references"].values()} == {torch.float64}
+    move(model), move(double)
+    rows = batch(seed=1)
+    assert step(double, other, rows) == pytest.approx(step(model, one, rows), rel=1e-3)
+    one.load_state_dict(other.state_dict())
+    step(model, one, rows)
+
+
+def test_initial_references_that_are_known_are_not_looked_at_again(monkeypatch):
+    sent = []
+    real = neuron_references.to_device
+    monkeypatch.setattr(neuron_references, "to_device", lambda *what: sent.append(what) or real(*what))
+    model = tiny_llama()
+    regularizer = neurons(model, reference="initial")
+    regularizer.set_reference([(log_probs_of(model, batch()), None, IDS)])
+    stored = {name: tensor.clone() for name, tensor in regularizer.state_dict()["references"].items()}
+    for _ in range(2):
+        move(model)
+        sent.clear()
+        step(model, regularizer, batch(), ids=IDS.flip(0))
+        # one index for all modules
+        assert sent == [([4, 3, 2, 1, 0], torch.device("cpu"))]
+    assert_close(regularizer.state_dict()["references"], stored, bound=0)
+
+
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_initial_references_that_come_with_the_steps_are_saved_without_their_room():
+    model = tiny_llama()
+    regularizer = neurons(model, reference="initial")
+    expected = {}
+    for number in range(4):
+        step(model, regularizer, batch(seed=number, samples=2), ids=torch.tensor([2 * number, 2 * number + 1]))
+        for name, tensor in regularizer.state_dict()["references"].items():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+            assert len(tensor) == 2 * number + 2
+            if name in expected:
+                assert torch.equal(tensor[:-2], expected[name])
+            expected[name] = tensor.clone()

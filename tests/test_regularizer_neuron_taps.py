@@ -3,11 +3,12 @@
 import copy
 import gc
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from live_memory import LiveMemory
-from neurons import WEIGHT, Residual, move, neurons
+from neurons import IDS, WEIGHT, Residual, move, neurons
 from plain_neurons import PlainNeurons
 from steps import assert_close, gradients, step
 from tiny import batch, log_probs_of, tiny_gpt2, tiny_llama
@@ -208,3 +209,27 @@ def test_a_copied_or_saved_model_is_not_tapped():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with pytest.raises(RuntimeError, match="0 of 14 tapped modules are in this graph"):
             regularizer.backward(log_probs_of(other, batch()))
+
+
+class DropsInPlace(Residual):
+    """Writes into the output of a linear module, in training alone."""
+
+    def __init__(self):
+        super().__init__(in_place=False)
+        self.dropout = nn.Dropout(0.5, inplace=True)
+
+    def forward(self, input_ids, attention_mask):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = self.dropout(layer(x))
+        return SimpleNamespace(logits=self.head(torch.tanh(x)))
+
+
+def test_what_a_model_writes_is_another_matter_in_training():
+    model = DropsInPlace().eval()
+    regularizer = neurons(model, reference="initial")
+    regularizer.set_reference([(log_probs_of(model, batch()), None, IDS)])
+    model.train()
+    for _ in range(2):
+        step(model, regularizer, batch(), ids=IDS)
+    assert regularizer.last_step.penalty > 0

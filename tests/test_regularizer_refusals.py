@@ -224,22 +224,78 @@ def test_modules_that_overwrite_saved_tensors():
         SSIUURegularizer(model)
 
 
-def test_compiled_models_need_their_buffers(monkeypatch):
+def test_compiled_models_need_their_buffers():
     from torch._functorch import config
 
-    torch.compiler.reset()
-    monkeypatch.setattr(config, "donated_buffer", True)
     model = tiny_llama(torch.float32)
-    compiled = torch.compile(model)
-    regularizer = SSIUURegularizer(compiled, weight=1.0)
-    assert regularizer.parameter_names[0].startswith("model.layers.0.")
-    log_probs_of(compiled, batch()).sum().backward()
-    with pytest.raises(RuntimeError, match="donated_buffer = False"):
-        regularizer.backward(log_probs_of(compiled, batch()))
+    # torch's own way to set it: put back by monkeypatch, it is gone for the next one that compiles
+    with config.patch(donated_buffer=True):
+        torch.compiler.reset()
+        compiled = torch.compile(model)
+        regularizer = SSIUURegularizer(compiled, weight=1.0)
+        assert regularizer.parameter_names[0].startswith("model.layers.0.")
+        log_probs_of(compiled, batch()).sum().backward()
+        with pytest.raises(RuntimeError, match="donated_buffer = False"):
+            regularizer.backward(log_probs_of(compiled, batch()))
 
-    torch.compiler.reset()
-    monkeypatch.setattr(config, "donated_buffer", False)
-    log_probs_of(compiled, batch()).sum().backward()
-    model.zero_grad()
-    regularizer.backward(log_probs_of(compiled, batch()))
-    assert regularizer.last_step.negative_share > 0
+    with config.patch(donated_buffer=False):
+        torch.compiler.reset()
+        log_probs_of(compiled, batch()).sum().backward()
+        model.zero_grad()
+        regularizer.backward(log_probs_of(compiled, batch()))
+        assert regularizer.last_step.negative_share > 0
+
+
+@pytest.mark.parametrize("granularity", ["parameter", "neuron"])
+def test_a_parameter_frozen_after_building(granularity):
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, relative_weight=3.0, granularity=granularity)
+    name = "model.layers.1.mlp.up_proj.weight"
+    model.get_parameter(name).requires_grad_(False)
+    with pytest.raises(RuntimeError, match=rf"{name} was frozen after the regulariser was built: build it after"):
+        regularizer.backward(log_probs_of(model, batch()))
+    assert all(p.grad is None for p in model.parameters())
+    # neurons don't ask for it where λ is known
+    if granularity == "neuron":
+        SSIUURegularizer(model, granularity="neuron").backward(log_probs_of(model, batch()))
+
+
+@pytest.mark.parametrize("granularity", ["parameter", "neuron"])
+def test_an_item_of_set_reference_in_no_known_form(granularity):
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, reference="initial", granularity=granularity)
+    log_probs = log_probs_of(model, batch())
+    for item in ([log_probs, None, torch.arange(5)], (), (log_probs,) * 4, {"log_probs": log_probs}):
+        with pytest.raises(TypeError, match=r"log_probs, \(log_probs, token_counts\) or \(log_probs, token_counts or"):
+            regularizer.set_reference([item])
+
+
+@pytest.mark.parametrize("granularity", ["parameter", "neuron"])
+def test_what_leaves_the_graph_is_warned_of_once(granularity):
+    model = tiny_llama(num_hidden_layers=3)
+    regularizer = SSIUURegularizer(model, granularity=granularity)
+    last = model.model.layers[2]
+
+    def backward():
+        regularizer.backward(log_probs_of(model, batch()))
+        return regularizer.last_step.absent
+
+    assert backward() == 0
+    del model.model.layers[2]
+    model.config.num_hidden_layers = 2
+    with pytest.warns(UserWarning, match=r"model\.layers\.2\..* not in this step's graph.* 6 others") as s:
+        assert backward() == 7
+        model.model.layers.append(last)
+        model.config.num_hidden_layers = 3
+        assert backward() == 0
+        del model.model.layers[2]
+        model.config.num_hidden_layers = 2
+        assert backward() == 7
+    assert len([warning for warning in s if "not in this step's graph" in str(warning.message)]) == 1
+
+
+def test_neurons_of_a_model_without_linear_modules():
+    with pytest.raises(ValueError, match="the model has no linear module, whose outputs would be the neurons"):
+        SSIUURegularizer(nn.Embedding(2, 2), granularity="neuron")
+    with pytest.raises(ValueError, match=r"none of the 1 linear modules is in a numbered block: .* of their weights"):
+        SSIUURegularizer(nn.Linear(2, 2), granularity="neuron")

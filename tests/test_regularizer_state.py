@@ -107,3 +107,57 @@ def test_a_penalty_that_cannot_matter_is_warned_of_once(recwarn):
     said = [str(warning.message) for warning in recwarn if "too little to matter" in str(warning.message)]
     assert len(said) == 1
     assert "16-bit gradients swallow" in said[0]
+
+
+@pytest.mark.parametrize("granularity", ["parameter", "neuron"])
+def test_a_calibration_that_comes_to_nothing_is_warned_of_once(granularity):
+    model = tiny_llama(torch.float32)
+    regularizer = SSIUURegularizer(model, relative_weight=3.0, granularity=granularity, target="log_probability")
+    with pytest.warns(UserWarning, match="λ is not calibrated after 10 steps .* loss's gradient was inf") as said:
+        for seed in range(15):
+            model.zero_grad()
+            step(model, regularizer, batch(seed=seed))
+            for p in model.parameters():
+                p.grad.fill_(float("inf"))
+            regularizer.after_backward()
+    assert len([warning for warning in said if "calibrated" in str(warning.message)]) == 1
+    assert regularizer.weight is None
+
+
+def test_a_state_without_a_key_is_refused_and_changes_nothing():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT)
+    step(model, regularizer, batch())
+    state = regularizer.state_dict()
+    other = SSIUURegularizer(model, weight=WEIGHT)
+    for key in set(state) - {"version"}:
+        with pytest.raises(ValueError, match=f"the saved state has no '{key}'"):
+            other.load_state_dict({name: value for name, value in state.items() if name != key})
+        assert other.state_dict()["references"] is None
+        assert other.state_dict()["step"] == 0
+
+
+@pytest.mark.parametrize("granularity", ["parameter", "neuron"])
+def test_another_literal_weight_is_refused_by_name(granularity):
+    model = tiny_llama()
+    state = SSIUURegularizer(model, weight=2.0, granularity=granularity).state_dict()
+    with pytest.raises(ValueError, match=r"the saved state has weight=2\.0, this regulariser weight=3\.0"):
+        SSIUURegularizer(model, weight=3.0, granularity=granularity).load_state_dict(state)
+    # with relative_weight it is the calibrated one that counts
+    state = SSIUURegularizer(model, weight=2.0, relative_weight=1.0, granularity=granularity).state_dict()
+    SSIUURegularizer(model, weight=3.0, relative_weight=1.0, granularity=granularity).load_state_dict(state)
+
+
+def test_a_loaded_state_forgets_what_was_under_way():
+    model = tiny_llama()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT, every=2, state_dtype=torch.bfloat16)
+    state = regularizer.state_dict()
+    for seed in range(2):
+        step(model, regularizer, batch(seed=seed))
+    # as if a GPU had counted one in that step
+    regularizer._nonfinite.expect(["w"], torch.tensor([1]))
+    regularizer.load_state_dict(state)
+    assert regularizer.last_step is None
+    assert not regularizer.step_was_skipped
+    step(model, regularizer, batch())
+    assert regularizer.last_step.penalty == 0

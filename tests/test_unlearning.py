@@ -243,3 +243,30 @@ def test_bad_input(taught):
         unlearn(model, [], forget, objective="gd", **common)
     with pytest.raises(ValueError, match="GD needs retain rows and there are none"):
         unlearn(model, forget, [], objective="gd", **common)
+
+
+def test_micro_batches_of_neurons_are_refused_before_anything_is_scored(taught):
+    model, _ = taught
+    regularizer = SSIUURegularizer(model, granularity="neuron")
+
+    def never():
+        raise AssertionError("scored")
+
+    with pytest.raises(ValueError, match="micro_batch_size=5 is smaller than batch_size=16"):
+        run(taught, regularizer=regularizer, micro_batch_size=5, forget_score=never)
+    with pytest.raises(AssertionError, match="scored"):
+        run(taught, regularizer=regularizer, micro_batch_size=16, forget_score=never)
+
+
+def test_modules_outside_the_graph_are_logged(taught):
+    model, _ = taught
+    rows = []
+    regularizer = SSIUURegularizer(model, granularity="neuron", nonfinite="count")
+    block, used = model.model.layers[-1].mlp.down_proj, []
+    # from the second step on the output of this module goes nowhere, nor do those that it is made of
+    block.register_forward_hook(lambda module, inputs, output: output * 0 if len(used) < 2 else output.detach())
+    model.register_forward_pre_hook(lambda module, inputs: used.append(1) if module.training else None)
+    with pytest.warns(UserWarning, match="is not in this step's graph.*the same of 2 others"):
+        run(taught, regularizer=regularizer, log=rows.append, threshold=0.0, max_epochs=2)
+    steps = [row for row in rows if "penalty" in row]
+    assert [row.get("absent") for row in steps] == [None, 3, 3, 3]

@@ -41,6 +41,26 @@ def tiny_gpt2(dtype=torch.float64, seed=0):
     return GPT2LMHeadModel(config).to(dtype).train()
 
 
+def tiny_mixtral(dtype=torch.float32, seed=0):
+    """Its experts are two 3-D parameters a block, as transformers 5 fuses them."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(seed)
+    config = MixtralConfig(
+        vocab_size=48,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+    )
+    return MixtralForCausalLM(config).to(dtype).train()
+
+
 def batch(samples=5, seed=0, length=9, vocabulary=48):
     """Right-padded rows of different lengths; the last 2 to 3 real tokens are the answer."""
     generator = torch.Generator().manual_seed(seed)

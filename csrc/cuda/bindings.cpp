@@ -3,10 +3,12 @@
 
 #include <pybind11/stl.h>
 
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "flat.h"
+#include "launch.h"
 #include "neuron.h"
 #include "penalty.h"
 #include "penalty_table.h"
@@ -18,6 +20,17 @@ namespace py = pybind11;
 
 using Table = std::vector<std::int64_t>;
 cudaStream_t stream_of(std::int64_t stream) { return pointer<std::remove_pointer_t<cudaStream_t>>(stream); }
+
+std::string obstacle(int device) {
+    try {
+        use_device(device);
+        load_penalty_kernels();
+        load_neuron_kernels();
+    } catch (const std::runtime_error& error) {
+        return error.what();
+    }
+    return "";
+}
 
 void run_penalty(const Table& table, double weight, std::int64_t weight_tensor, double gradient_scale, bool one_sided,
                  bool update_references, bool first, std::int64_t workspace, std::int64_t floats,
@@ -55,18 +68,23 @@ void run_neuron_penalty(const NeuronNumbers& tensors, std::int64_t reference, st
 
 void bind_cuda(py::module_& module) {
     using py::arg;
-    module.def("cuda_obstacle", &cuda_obstacle, arg("device"), "Why the device can't run what was built, or nothing.");
-    module.def("cuda_penalty_workspace", &cuda_penalty_workspace, arg("tensors"), arg("device"));
+    // without the interpreter lock: a launch waits where the device's queue is full
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    module.def("cuda_obstacle", obstacle, arg("device"), unlocked,
+               "Why the device can't run what was built, or nothing; loads every kernel.");
+    module.def("cuda_penalty_workspace", &cuda_penalty_workspace, arg("tensors"), arg("device"),
+               "Bytes beside the tensors, for a list of so many.");
     module.def("cuda_penalty", run_penalty, arg("table"), arg("weight"), arg("weight_tensor"), arg("gradient_scale"),
                arg("one_sided"), arg("update_references"), arg("first"), arg("workspace"), arg("floats"),
-               arg("integers"), arg("nonfinite"), arg("device"), arg("stream"));
-    module.def("cuda_penalty_rows", table_rows, arg("table"));
+               arg("integers"), arg("nonfinite"), arg("device"), arg("stream"), unlocked,
+               "Results on the device: floats[2] penalty and gradient_square, integers[1] negative, nonfinite[tensors].");
+    module.def("cuda_penalty_rows", table_rows, arg("table"), "([(first chunk, aligned), …], chunks), for tests.");
     module.def(
         "cuda_neuron_attribution_workspace",
         [](const NeuronNumbers& n, int device) { return cuda_neuron_attribution_workspace(neuron_tensors(n), device); },
         arg("tensors"), arg("device"));
     module.def("cuda_neuron_attribution", run_neuron_attribution, arg("tensors"), arg("max"), arg("min"), arg("sum"),
-               arg("workspace"), arg("device"), arg("stream"));
+               arg("workspace"), arg("device"), arg("stream"), unlocked);
     module.def(
         "cuda_neuron_penalty_workspace",
         [](const NeuronNumbers& n, bool per_sample, int device) {
@@ -75,7 +93,7 @@ void bind_cuda(py::module_& module) {
         arg("tensors"), arg("per_sample"), arg("device"));
     module.def("cuda_neuron_penalty", run_neuron_penalty, arg("tensors"), arg("reference"), arg("attribution"),
                arg("weight"), arg("weight_tensor"), arg("per_sample"), arg("one_sided"), arg("workspace"),
-               arg("floats"), arg("integers"), arg("device"), arg("stream"));
+               arg("floats"), arg("integers"), arg("device"), arg("stream"), unlocked);
     module.def(
         "cuda_token_splits",
         [](const NeuronNumbers& n, std::int64_t resident) {

@@ -29,10 +29,18 @@ template <class... Parameters> std::int64_t resident_blocks(void (*kernel)(Param
     return std::int64_t(multiprocessors) * std::max(blocks, 1);
 }
 
+// Loads a kernel, which could not be done while a graph is captured; throws where the device has no code of it.
+template <class... Parameters> void load(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), "loading a kernel");
+}
+
 template <class... Parameters>
 void launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads, cudaStream_t stream,
             std::common_type_t<Parameters>... arguments) {
     if (blocks == 0) return;
+    if (blocks > 0x7fffffff)
+        throw std::runtime_error("CUDA: a launch can't have " + std::to_string(blocks) + " blocks");
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
     check(cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), pointers, 0, stream), "launching");
 }

@@ -37,7 +37,7 @@ bool is_aligned(const NeuronTensors& t) {
            rows_aligned(t.gradient, t.gradient_batch_stride, t.gradient_token_stride, t.type);
 }
 
-std::int64_t tiles_of(const NeuronTensors& tensors) { return (tensors.neurons + kTileElements - 1) / kTileElements; }
+std::int64_t tiles_of(const NeuronTensors& tensors) { return (tensors.neurons + kTile - 1) / kTile; }
 
 // The lane's part of a row, from neuron `begin` on; neurons past the row are 0.
 template <bool Neighbours>
@@ -53,12 +53,12 @@ template <bool Neighbours, Dtype Type>
 __global__ void __launch_bounds__(kThreads, 2)
     reduce_kernel(const __grid_constant__ NeuronTensors tensors, TokenSplits splits, const __grid_constant__ Reduced out) {
     constexpr int kTogether = Neighbours && Type != Dtype::float32 ? 4 : 2;
-    __shared__ float largest_of[kWarps][kTileElements];
-    __shared__ float smallest_of[kWarps][kTileElements];
-    __shared__ double sum_of[kWarps][kTileElements];
+    __shared__ float largest_of[kWarps][kTile];
+    __shared__ float smallest_of[kWarps][kTile];
+    __shared__ double sum_of[kWarps][kTile];
 
-    const std::int64_t tiles = (tensors.neurons + kTileElements - 1) / kTileElements;
-    const std::int64_t begin = blockIdx.x % tiles * kTileElements;
+    const std::int64_t tiles = (tensors.neurons + kTile - 1) / kTile;
+    const std::int64_t begin = blockIdx.x % tiles * kTile;
     const std::int64_t part = blockIdx.x / tiles;
     const std::int64_t sample = part % tensors.batch, split = part / tensors.batch;
     const std::int64_t first = split * splits.length;
@@ -131,35 +131,58 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (out.sum) out.sum[at] = float(total);
     if (out.exact_sum) out.exact_sum[at] = total;
 }
-static_assert(kThreads == kTileElements, "a thread for every neuron of a tile");
+static_assert(kThreads == kTile, "a thread for every neuron of a tile");
 
-// The second stage: splits in their order.
+// The second stage works on 32 neurons a block: each warp walks over every eighth part of them, then warp 0 goes on with
+// the eight results in their order.
+constexpr int kColumns = kWarp;
+
+__device__ __forceinline__ std::int64_t column() { return std::int64_t(blockIdx.x) * kColumns + lane_index(); }
+
+// Σ of the parts, to be used by warp 0; every thread of the block has to take part.
+__device__ __forceinline__ double sum_of_parts(const double* sums, std::int64_t parts, std::int64_t neurons) {
+    __shared__ double warps[kWarps][kColumns];
+    double own = 0;
+    if (column() < neurons)
+        for (std::int64_t part = warp_index(); part < parts; part += kWarps) own += sums[part * neurons + column()];
+    warps[warp_index()][lane_index()] = own;
+    __syncthreads();
+    for (int warp = 1; warp < kWarps; ++warp) own += warps[warp][lane_index()];
+    return own;
+}
+
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(const __grid_constant__ Reduced partial, std::int64_t splits, std::int64_t neurons,
                  const __grid_constant__ Reduced out) {
-    const std::int64_t at = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
-    if (at >= neurons) return;
-    float most = partial.max[at], least = partial.min[at];
-    double total = partial.exact_sum[at];
-    for (std::int64_t split = 1; split < splits; ++split) {
-        most = larger(partial.max[split * neurons + at], most);
-        least = smaller(partial.min[split * neurons + at], least);
-        total += partial.exact_sum[split * neurons + at];
+    __shared__ float largest_of[kWarps][kColumns], smallest_of[kWarps][kColumns];
+    float most = -INFINITY, least = INFINITY;
+    if (column() < neurons) {
+        for (std::int64_t split = warp_index(); split < splits; split += kWarps) {
+            most = larger(partial.max[split * neurons + column()], most);
+            least = smaller(partial.min[split * neurons + column()], least);
+        }
     }
-    out.max[at] = most;
-    out.min[at] = least;
-    out.sum[at] = float(total);
+    largest_of[warp_index()][lane_index()] = most;
+    smallest_of[warp_index()][lane_index()] = least;
+    const double total = sum_of_parts(partial.exact_sum, splits, neurons);
+    if (warp_index() > 0 || column() >= neurons) return;
+    for (int warp = 1; warp < kWarps; ++warp) {
+        most = larger(largest_of[warp][lane_index()], most);
+        least = smaller(smallest_of[warp][lane_index()], least);
+    }
+    out.max[column()] = most;
+    out.min[column()] = least;
+    out.sum[column()] = float(total);
 }
 
 // From the sums over tokens to A, d and what the gradient is multiplied by; `parts` sums make one A.
 __global__ void __launch_bounds__(kThreads)
     difference_kernel(const double* sums, std::int64_t parts, std::int64_t neurons,
                       const __grid_constant__ NeuronPenaltyArguments arguments, float* factor, PartialSums* partial) {
-    const std::int64_t at = std::int64_t(blockIdx.x) * kThreads + threadIdx.x;
+    const double total = sum_of_parts(sums, parts, neurons);
+    const std::int64_t at = column();
     PartialSums own = {0, 0, 0};
-    if (at < neurons) {
-        double total = 0;
-        for (std::int64_t part = 0; part < parts; ++part) total += sums[part * neurons + at];
+    if (warp_index() == 0 && at < neurons) {
         const float attribution = float(total);
         const bool first = !arguments.reference;
         const float bound = first ? -INFINITY : arguments.one_sided ? 0.0f : INFINITY;
@@ -182,8 +205,8 @@ template <bool Neighbours>
 __global__ void __launch_bounds__(kThreads, 2)
     injection_kernel(const __grid_constant__ NeuronTensors tensors, TokenSplits splits, const float* factor,
                      std::int64_t factor_stride) {
-    const std::int64_t tiles = (tensors.neurons + kTileElements - 1) / kTileElements;
-    const std::int64_t begin = blockIdx.x % tiles * kTileElements;
+    const std::int64_t tiles = (tensors.neurons + kTile - 1) / kTile;
+    const std::int64_t begin = blockIdx.x % tiles * kTile;
     const std::int64_t part = blockIdx.x / tiles;
     const std::int64_t sample = part % tensors.batch, split = part / tensors.batch;
     const std::int64_t first = split * splits.length;
@@ -223,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-std::int64_t blocks_for(std::int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+std::int64_t blocks_for(std::int64_t neurons) { return (neurons + kColumns - 1) / kColumns; }
 
 using ReduceKernel = void (*)(NeuronTensors, TokenSplits, Reduced);
 
@@ -269,6 +292,18 @@ TokenSplits split_tokens(const NeuronTensors& tensors, std::int64_t resident) {
     const std::int64_t even = (tensors.tokens + count - 1) / count;
     const std::int64_t length = std::max<std::int64_t>(kGrain, (even + kGrain - 1) / kGrain * kGrain);
     return {std::max<std::int64_t>(1, (tensors.tokens + length - 1) / length), length};
+}
+
+void load_neuron_kernels() {
+    for (const Dtype type : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+        load(reduce_kernel_for<true>(type));
+        load(reduce_kernel_for<false>(type));
+    }
+    load(merge_kernel);
+    load(difference_kernel);
+    load(total_kernel);
+    load(injection_kernel<true>);
+    load(injection_kernel<false>);
 }
 
 std::int64_t cuda_neuron_attribution_workspace(const NeuronTensors& tensors, int device) {

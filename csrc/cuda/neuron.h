@@ -18,6 +18,9 @@ struct TokenSplits {
 // near one percent of the inputs.
 TokenSplits split_tokens(const NeuronTensors& tensors, std::int64_t resident);
 
+// Loads the kernels on the current device; throws where it can't run them.
+void load_neuron_kernels();
+
 // Bytes needed beside inputs and results.
 std::int64_t cuda_neuron_attribution_workspace(const NeuronTensors& tensors, int device);
 std::int64_t cuda_neuron_penalty_workspace(const NeuronTensors& tensors, bool per_sample, int device);

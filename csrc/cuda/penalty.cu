@@ -13,10 +13,30 @@
 namespace ssiuu {
 namespace {
 
-static_assert(kTile == kTileElements, "a warp holds one tile, and a tile is one block of an 8-bit reference");
-static_assert(kTile == kBlockwise8Block);
+static_assert(kTile == kBlockwise8Block, "a warp sees all of a block of an 8-bit reference");
 
 __device__ const Blockwise8Table blockwise8_values = blockwise8_table();
+__device__ const Blockwise8OctaveTable blockwise8_groups = blockwise8_octaves();
+
+// The tables of 8-bit references, near at hand.
+struct Codebook {
+    float value[256];
+    Blockwise8OctaveTable octaves;
+
+    __device__ __forceinline__ void load() {
+        const int i = int(threadIdx.x);
+        value[i] = blockwise8_values.values[i];
+        if (i < kBlockwise8Octaves) octaves.midpoint[i] = blockwise8_groups.midpoint[i];
+        if (i < 2 * kBlockwise8Octaves) octaves.group[i] = blockwise8_groups.group[i];
+    }
+    // blockwise8_code, with its comparisons looked up
+    __device__ __forceinline__ int code(float value, float inverse) const {
+        const float scaled = fabsf(value) * inverse;
+        const int octave = max(int(__float_as_uint(scaled) >> 23), kBlockwise8FirstOctave) - kBlockwise8FirstOctave;
+        const int upper = scaled >= octaves.midpoint[octave];
+        return blockwise8_code_in(octaves.group[2 * octave + upper], value, scaled);
+    }
+};
 
 struct PenaltyArguments {
     const float* weight; // null: twice_weight is it
@@ -30,18 +50,22 @@ struct PenaltyArguments {
 // The table reaches the device as arguments of launches, which are copied at once: no pinned memory to keep alive,
 // nothing to wait for, and a captured graph holds its own copy.
 constexpr int kRowsPerUpload = 500;
-struct RowBatch {
+struct alignas(sizeof(uint4)) RowBatch {
     PenaltyRow rows[kRowsPerUpload];
 };
 static_assert(sizeof(RowBatch) + 64 <= 32764, "what a launch can be given");
 
-__global__ void __launch_bounds__(kThreads) upload_kernel(const __grid_constant__ RowBatch batch, int count,
-                                                          PenaltyRow* table, unsigned long long* nonfinite) {
-    const uint4* from = reinterpret_cast<const uint4*>(batch.rows);
-    uint4* to = reinterpret_cast<uint4*>(table);
-    const int words = count * int(sizeof(PenaltyRow) / sizeof(uint4));
-    for (int i = threadIdx.x; i < words; i += kThreads) to[i] = from[i];
-    for (int i = threadIdx.x; i < count; i += kThreads) nonfinite[i] = 0;
+// Arguments are read one address at a time: small blocks, so that many multiprocessors share in that.
+constexpr int kUploadThreads = kWarp;
+constexpr int kWordsPerRow = int(sizeof(PenaltyRow) / sizeof(uint4));
+constexpr int kRowsPerBlock = kUploadThreads / kWordsPerRow;
+
+__global__ void __launch_bounds__(kUploadThreads) upload_kernel(const __grid_constant__ RowBatch batch, int count,
+                                                                PenaltyRow* table, unsigned long long* nonfinite) {
+    const int word = int(blockIdx.x) * kUploadThreads + int(threadIdx.x), row = word / kWordsPerRow;
+    if (row >= count) return;
+    reinterpret_cast<uint4*>(table)[word] = reinterpret_cast<const uint4*>(batch.rows)[word];
+    if (word % kWordsPerRow == 0) nonfinite[row] = 0;
 }
 
 // The tensor that a chunk belongs to, found by the lanes of a warp together.
@@ -69,28 +93,40 @@ __device__ float largest(Dtype type) {
     }
 }
 
-// The squares of a pack in fp32. d is multiplied by a power of two before, which is exact and centres the range in which
-// squares neither vanish nor overflow.
+// 2^-k and 2^k for 2^k ≤ x < 2^(k+1), k kept to where both are normal numbers.
+struct PowerOfTwo {
+    float down, up;
+
+    __device__ __forceinline__ explicit PowerOfTwo(float x) {
+        const unsigned exponent = min(max(__float_as_uint(x) >> 23, 1u), 253u);
+        down = __uint_as_float((254 - exponent) << 23);
+        up = __uint_as_float(exponent << 23);
+    }
+};
+
+// The squares of a pack in fp32. d and g are brought near 1 before, by powers of two from bounds that the pack has
+// itself: gradients of a small probability would vanish when squared, and they are the ordinary case while a model
+// unlearns.
 struct PackSquares {
-    static constexpr float kScale = 0x1p40f;
+    PowerOfTwo difference_scale, gradient_scale;
     float penalty = 0, gradient_square = 0;
     bool any = false;
 
     __device__ __forceinline__ void add(float difference, float gradient) {
-        const float scaled = difference * kScale;
-        const float product = scaled * gradient;
+        const float scaled = difference * difference_scale.down;
+        const float product = scaled * (gradient * gradient_scale.down);
         // fused here, where no sign hangs on the rounding
         penalty = fmaf(scaled, scaled, penalty);
         gradient_square = fmaf(product, product, gradient_square);
         any |= difference != 0;
     }
-    __device__ __forceinline__ bool safe() const {
-        return !any || (penalty > 1e-24f && penalty < 1e38f && gradient_square > 1e-24f && gradient_square < 1e38f);
-    }
+    // A pack whose d are all tiny beside its A, or beside what isn't punished, isn't: terms far below 1 would be lost.
+    // Above this each sum has lost less than 2^-24 of itself.
+    __device__ __forceinline__ bool safe() const { return !any || (penalty > 1e-24f && gradient_square > 1e-24f); }
     __device__ __forceinline__ void add_to(PartialSums& sums) const {
-        constexpr double back = 1 / (double(kScale) * kScale);
-        sums.penalty += back * penalty;
-        sums.gradient_square += 4 * back * gradient_square;
+        const double up = difference_scale.up, both = up * gradient_scale.up;
+        sums.penalty += up * up * penalty;
+        sums.gradient_square += 4 * (both * both) * gradient_square;
     }
 };
 
@@ -98,7 +134,7 @@ struct PackSquares {
 // keeps none of them in registers.
 template <bool Neighbours>
 __device__ __forceinline__ void add_exact_squares(const PenaltyRow& row, std::int64_t begin,
-                                                  const PenaltyArguments& arguments, const float* codebook,
+                                                  const PenaltyArguments& arguments, const Codebook& codebook,
                                                   PartialSums& sums) {
     const Dtype reference_type = Dtype(row.reference_type);
 #pragma unroll 1
@@ -109,7 +145,7 @@ __device__ __forceinline__ void add_exact_squares(const PenaltyRow& row, std::in
         const float parameter = load_float(row.parameter, Dtype(row.parameter_type), at);
         const float reference =
             reference_type == Dtype::blockwise8
-                ? codebook[static_cast<const std::uint8_t*>(row.reference)[at]] * row.absmax[at / kTile]
+                ? codebook.value[static_cast<const std::uint8_t*>(row.reference)[at]] * row.absmax[at / kTile]
                 : load_float(row.reference, reference_type, at);
         const auto terms =
             penalty_terms<true, false>(gradient, parameter, reference, arguments.bound, largest(reference_type));
@@ -120,7 +156,8 @@ __device__ __forceinline__ void add_exact_squares(const PenaltyRow& row, std::in
 }
 
 template <bool Neighbours>
-__device__ __forceinline__ Pack<Neighbours> encode(const float (&values)[kPack], float* absmax) {
+__device__ __forceinline__ Pack<Neighbours> encode(const float (&values)[kPack], const Codebook& codebook,
+                                                   float* absmax) {
     float most = 0;
 #pragma unroll
     for (int i = 0; i < kPack; ++i) most = fmaxf(most, fabsf(values[i]));
@@ -130,7 +167,7 @@ __device__ __forceinline__ Pack<Neighbours> encode(const float (&values)[kPack],
     const float inverse = blockwise8_inverse(kept);
     Pack<Neighbours> pack = {};
 #pragma unroll
-    for (int i = 0; i < kPack; ++i) pack.set_code(i, std::uint32_t(blockwise8_code(values[i], inverse)));
+    for (int i = 0; i < kPack; ++i) pack.set_code(i, std::uint32_t(codebook.code(values[i], inverse)));
     if (lane_index() == 0) *absmax = kept;
     return pack;
 }
@@ -159,7 +196,7 @@ __device__ __forceinline__ void penalty_terms_of(float (&value)[kPack], const fl
 template <bool Neighbours>
 __device__ __forceinline__ void penalty_tile(const PenaltyRow& row, std::int64_t begin,
                                              const PenaltyArguments& arguments, float twice_weight,
-                                             const float* codebook, PartialSums& sums, Counts& counts) {
+                                             const Codebook& codebook, PartialSums& sums, Counts& counts) {
     const Dtype reference_type = Dtype(row.reference_type), out_type = Dtype(row.out_type);
     const std::int64_t size = row.size;
     const auto gradients = load_tile<Neighbours>(row.gradient, Dtype(row.gradient_type), begin, size);
@@ -173,20 +210,21 @@ __device__ __forceinline__ void penalty_tile(const PenaltyRow& row, std::int64_t
     if (reference_type == Dtype::blockwise8) {
         const float absmax = arguments.first ? 0.0f : row.absmax[begin / kTile];
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) stored[i] = codebook[references.code(i)] * absmax;
+        for (int i = 0; i < kPack; ++i) stored[i] = codebook.value[references.code(i)] * absmax;
     } else {
         references.to_floats(reference_type, stored);
     }
 
     // one test for a whole pack, nearly always passed, spares the guards of each element
-    float magnitudes = 0;
+    float magnitudes = 0, gradients_sum = 0;
     const float limit = largest(reference_type);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) {
         value[i] *= arguments.scale;
         magnitudes += fabsf(parameter[i] * value[i]) + fabsf(stored[i]);
+        gradients_sum += fabsf(value[i]);
     }
-    PackSquares squares;
+    PackSquares squares{PowerOfTwo(magnitudes), PowerOfTwo(gradients_sum)};
     if (magnitudes <= limit)
         penalty_terms_of<true>(value, parameter, stored, arguments.bound, limit, twice_weight, squares, counts);
     else
@@ -206,7 +244,8 @@ __device__ __forceinline__ void penalty_tile(const PenaltyRow& row, std::int64_t
     store_tile(Pack<Neighbours>::from_floats(value, out_type), row.out, out_type, begin, size);
     if (!arguments.update_references) return;
     if (reference_type == Dtype::blockwise8)
-        store_tile(encode<Neighbours>(stored, row.absmax + begin / kTile), row.reference, reference_type, begin, size);
+        store_tile(encode<Neighbours>(stored, codebook, row.absmax + begin / kTile), row.reference, reference_type, begin,
+                   size);
     else
         store_tile(Pack<Neighbours>::from_floats(stored, reference_type), row.reference, reference_type, begin, size);
 }
@@ -223,10 +262,10 @@ __global__ void __launch_bounds__(kThreads, kResident)
     penalty_kernel(const PenaltyRow* table, std::int64_t tensors, std::int64_t chunks,
                    const __grid_constant__ PenaltyArguments arguments, PartialSums* partial,
                    unsigned long long* nonfinite) {
-    __shared__ float codebook[256];
+    __shared__ Codebook codebook;
     // kept here and not in registers, which the elements need
     __shared__ PenaltyRow rows[kWarps];
-    codebook[threadIdx.x] = blockwise8_values.values[threadIdx.x];
+    codebook.load();
     __syncthreads();
     const float twice_weight = arguments.weight ? 2 * *arguments.weight : arguments.twice_weight;
 
@@ -263,15 +302,10 @@ std::int64_t table_bytes(std::int64_t tensors) { return tensors * std::int64_t(s
 
 } // namespace
 
-std::string cuda_obstacle(int device) {
-    try {
-        use_device(device);
-        cudaFuncAttributes attributes;
-        check(cudaFuncGetAttributes(&attributes, penalty_kernel), "loading a kernel");
-    } catch (const std::runtime_error& error) {
-        return error.what();
-    }
-    return "";
+void load_penalty_kernels() {
+    load(upload_kernel);
+    load(penalty_kernel);
+    load(total_kernel);
 }
 
 std::int64_t cuda_penalty_workspace(std::int64_t tensors, int device) {
@@ -292,7 +326,8 @@ void cuda_penalty(const std::vector<PenaltyTensor>& tensors, const PenaltyOption
         const int some = int(std::min<std::int64_t>(kRowsPerUpload, count - begin));
         RowBatch batch;
         std::copy_n(table.rows.begin() + begin, some, batch.rows);
-        launch(upload_kernel, 1, kThreads, stream, batch, some, rows + begin, nonfinite + begin);
+        launch(upload_kernel, (some + kRowsPerBlock - 1) / kRowsPerBlock, kUploadThreads, stream, batch, some,
+               rows + begin, nonfinite + begin);
     }
     const float infinity = std::numeric_limits<float>::infinity();
     const float bound = options.first ? -infinity : options.one_sided ? 0 : infinity;

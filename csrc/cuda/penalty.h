@@ -4,15 +4,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "ssiuu/types.h"
 
 namespace ssiuu {
 
-// Why this device can't run the kernels (an old driver, no code for its architecture); empty if it can.
-std::string cuda_obstacle(int device);
+// Loads the kernels on the current device; throws where it can't run them.
+void load_penalty_kernels();
 
 // Bytes that the call needs beside its tensors: the table of `tensors` rows and the sums of each block.
 std::int64_t cuda_penalty_workspace(std::int64_t tensors, int device);

@@ -23,7 +23,7 @@ struct PenaltyRow {
     std::int64_t first_chunk; // chunks of the tensors before this one
     std::uint8_t gradient_type, parameter_type, reference_type, out_type; // Dtype
     bool add;
-    bool aligned; // 16-byte accesses fit all four buffers
+    bool aligned; // accesses of 16 bytes fit all four buffers, of 8 the codes of an 8-bit reference
 };
 static_assert(sizeof(PenaltyRow) == 64);
 

@@ -8,13 +8,14 @@
 
 #include <cstdint>
 
+#include "penalty_table.h"
 #include "reduce.cuh"
 #include "ssiuu/types.h"
 
 namespace ssiuu {
 
 constexpr int kPack = 8;
-constexpr int kTileElements = kWarp * kPack;
+static_assert(kTile == kWarp * kPack);
 
 __device__ __forceinline__ float bits_to_float(std::uint32_t bits, Dtype type) {
     if (type == Dtype::float32) return __uint_as_float(bits);

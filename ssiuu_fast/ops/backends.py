@@ -1,5 +1,6 @@
 """Which backends exist, which can run here, and why the others can't."""
 
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -91,7 +92,9 @@ def _cuda_obstacle(device):
 @functools.cache
 def _device_obstacle(index):
     """Why this device, or its driver, can't run what was built; empty if it can."""
-    reason = _C.cuda_obstacle(index)
+    # torch's guard puts its own current device back: both copies of the runtime share the thread's context
+    with torch.cuda.device(index) if torch.cuda.is_available() else contextlib.nullcontext():
+        reason = _C.cuda_obstacle(index)
     return f"{reason}; built for {_C.CUDA_BUILD}" if reason else ""
 
 

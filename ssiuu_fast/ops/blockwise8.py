@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +37,32 @@ def _values() -> list[float]:
 VALUES = torch.tensor(_values(), dtype=torch.float32)
 
 
+class _Constants(NamedTuple):
+    """What encoding and decoding look up on a device."""
+
+    values: Tensor
+    thresholds: Tensor
+    sizes: Tensor
+    factors: Tensor
+    ninths: Tensor
+    top: Tensor
+
+
 @cache
+def _constants_on(device: torch.device) -> _Constants:
+    """Sent to a device once: sending waits for what is enqueued there, which a graph can't capture."""
+    if device.type == "cuda" and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"references in 8 bits are used on {device} for the first time while a CUDA graph is captured, which can't"
+            " hold the copy of their constants to the device: call it once before the capture"
+        )
+    others = (torch.tensor(number, dtype=torch.float32) for number in (_THRESHOLDS, _SIZES, _FACTORS, 8 / 9, _TOP))
+    return _Constants(*(tensor.to(device) for tensor in (VALUES, *others)))
+
+
 def values_on(device: torch.device) -> Tensor:
-    """VALUES, sent to a device once: sending waits for what is enqueued there."""
-    return VALUES.to(device)
+    """VALUES on a device."""
+    return _constants_on(device).values
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +138,7 @@ class Blockwise8:
 
 def _codes(values: Tensor, inverse: Tensor) -> Tensor:
     """The arithmetic of csrc/include/ssiuu/blockwise8.h, each step rounded to fp32."""
-    constants = (_THRESHOLDS, _SIZES, _FACTORS, 8 / 9, _TOP)
-    thresholds, sizes, factors, ninths, top = (
-        torch.tensor(number, dtype=torch.float32, device=values.device) for number in constants
-    )
+    _, thresholds, sizes, factors, ninths, top = _constants_on(values.device)
     scaled = values.abs() * inverse
     group = torch.bucketize(scaled, thresholds, right=True, out_int32=True)
     size = sizes[group]

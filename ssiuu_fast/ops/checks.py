@@ -1,9 +1,11 @@
 """Checks that operators make before they touch a buffer."""
 
+import math
+
 import torch
 from torch import Tensor
 
-# dtype codes of the C++ kernels, csrc/cpu/kernels.h
+# dtype codes of the C++ kernels, csrc/include/ssiuu/types.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 BLOCKWISE8_CODE = 4
 
@@ -31,6 +33,28 @@ def check_written(tensor: Tensor, label: str) -> None:
     """Raise if overwriting `tensor` would break a graph."""
     if tensor.requires_grad:
         raise ValueError(f"{label} requires grad and would be overwritten: pass it .detach()")
+
+
+def check_weight(weight: float | Tensor, places: list[tuple[torch.device, str]]) -> float | Tensor:
+    """The weight as a number or a 0-dim tensor; raise unless it is finite, or one float32 element on every device.
+
+    places: devices, and what is there. On an accelerator the value isn't looked at: that would wait.
+    """
+    if not isinstance(weight, Tensor):
+        if not math.isfinite(weight):
+            raise ValueError(f"weight must be finite, not {weight}")
+        return float(weight)
+    if weight.numel() != 1 or weight.dtype != torch.float32:
+        raise ValueError(
+            f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a number or one float32 element"
+        )
+    for device, label in places:
+        if weight.device != device:
+            raise ValueError(f"weight is on {weight.device} and {label} on {device}: move it there")
+    weight = weight.detach().reshape(())
+    if weight.device.type == "cpu" and not weight.isfinite():
+        raise ValueError(f"weight must be finite, not {weight.item()}")
+    return weight
 
 
 def check_no_overlap(written: list[tuple[str, int, Tensor]], read: list[tuple[str, int, Tensor]]) -> None:

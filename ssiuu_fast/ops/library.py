@@ -11,87 +11,67 @@ from torch import Tensor
 from ssiuu_fast.ops.checks import check_written
 from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, run_neuron_attribution
 from ssiuu_fast.ops.neuron_penalty import NeuronPenalty, attribution_form, run_neuron_penalty
-from ssiuu_fast.ops.penalty import PenaltyResult, run_penalty_
+from ssiuu_fast.ops.penalty import Options, PenaltyResult, run_penalty_
 
-# Forms that mutate can be compiled wrongly (pytorch issue 198031).
+# Forms that mutate can be compiled wrongly (pytorch issue 198031). The schemas are written out: torch 2.6 can't read
+# them off list[Tensor].
 
 
-@torch.library.custom_op("ssiuu_fast::penalty", mutates_args=())
+@torch.library.custom_op(
+    "ssiuu_fast::penalty",
+    mutates_args=(),
+    schema="(Tensor[] gradients, Tensor[] parameters, Tensor[] references, Tensor?[] outs, float weight,"
+    " Tensor? weight_tensor, float gradient_scale, bool one_sided, bool update_references, bool first, str backend)"
+    " -> (Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
+)
 def penalty(
-    gradients: list[Tensor],
-    parameters: list[Tensor],
-    references: list[Tensor],
-    outs: list[Tensor | None],
-    weight: float,
-    weight_tensor: Tensor | None,
-    one_sided: bool,
-    update_references: bool,
-    first: bool,
-    gradient_scale: float,
-    backend: str,
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """penalty_ without writing: (what gradients or out become, references or none, three sums, non-finite counts).
-
-    weight_tensor, where there is one, is the weight.
-    """
-    written = [_target(*pair).clone() for pair in zip(gradients, outs, strict=True)]
-    if update_references or first:
-        references = [reference.clone() for reference in references]
-    counts = torch.empty(len(gradients), dtype=torch.int64, device=gradients[0].device)
-    sums = run_penalty_(
-        [new if out is None else gradient for new, gradient, out in zip(written, gradients, outs, strict=True)],
-        parameters,
-        references,
-        weight if weight_tensor is None else weight_tensor,
-        [None if out is None else new for new, out in zip(written, outs, strict=True)],
-        one_sided,
-        update_references,
-        first,
-        gradient_scale,
-        counts,
-        backend,
-    )
-    # an operator may not return what it was given
-    references = references if update_references or first else []
-    return written, references, sums.penalty, sums.negative, sums.gradient_square, counts
-
-
-@penalty.register_fake
-def _(
     gradients,
     parameters,
     references,
     outs,
     weight,
     weight_tensor,
+    gradient_scale,
     one_sided,
     update_references,
     first,
-    gradient_scale,
     backend,
 ):
+    """penalty_ without writing: (what gradients or out become, references or none, three sums, non-finite counts).
+
+    weight_tensor, where there is one, is the weight.
+    """
+    weight = weight if weight_tensor is None else weight_tensor
+    options = Options(weight, gradient_scale, one_sided, update_references, first)
+    written = [_target(*pair).clone() for pair in zip(gradients, outs, strict=True)]
+    if options.update_references:
+        references = [reference.clone() for reference in references]
+    counts = torch.empty(len(gradients), dtype=torch.int64, device=gradients[0].device)
+    sums = run_penalty_(
+        [new if out is None else gradient for new, gradient, out in zip(written, gradients, outs, strict=True)],
+        parameters,
+        references,
+        [None if out is None else new for new, out in zip(written, outs, strict=True)],
+        options,
+        counts,
+        backend,
+    )
+    # an operator may not return what it was given
+    references = references if options.update_references else []
+    return written, references, sums.penalty, sums.negative, sums.gradient_square, counts
+
+
+@penalty.register_fake
+def _(gradients, parameters, references, outs, weight, weight_tensor, scale, one_sided, update_references, *rest):
     written = [torch.empty_like(_target(*pair)) for pair in zip(gradients, outs, strict=True)]
-    references = [torch.empty_like(r) for r in references] if update_references or first else []
+    references = [torch.empty_like(r) for r in references] if update_references else []
     square, negative = _fake_sums(gradients[0])
     counts = gradients[0].new_empty(len(gradients), dtype=torch.int64)
     return written, references, square, negative, torch.empty_like(square), counts
 
 
-def traced_penalty_(
-    gradients,
-    parameters,
-    references,
-    weight,
-    out,
-    one_sided,
-    update_references,
-    first,
-    gradient_scale,
-    nonfinite_counts,
-    backend,
-) -> PenaltyResult:
+def traced_penalty_(gradients, parameters, references, outs, options, nonfinite_counts, backend) -> PenaltyResult:
     """penalty_ in a traced graph."""
-    outs = [None] * len(gradients) if out is None else list(out)
     for i, reference in enumerate(references):
         if not isinstance(reference, Tensor):
             raise TypeError(
@@ -101,7 +81,7 @@ def traced_penalty_(
     targets = [_target(*pair) for pair in zip(gradients, outs, strict=True)]
     for i, target in enumerate(targets):
         check_written(target, f"gradients[{i}]" if outs[i] is None else f"out[{i}]")
-    if update_references or first:
+    if options.update_references:
         for i, reference in enumerate(references):
             check_written(reference, f"references[{i}]")
     if not gradients:
@@ -113,12 +93,12 @@ def traced_penalty_(
             list(gradients),
             list(parameters),
             list(references),
-            outs,
-            *_number_and_tensor(weight),
-            bool(one_sided),
-            bool(update_references),
-            bool(first),
-            float(gradient_scale),
+            list(outs),
+            *_number_and_tensor(options.weight),
+            float(options.gradient_scale),
+            options.one_sided,
+            options.update_references,
+            options.first,
             backend,
         )
         for target, new in zip(targets, written, strict=True):
@@ -131,10 +111,12 @@ def traced_penalty_(
     return PenaltyResult(square, negative, gradient_square, counts.sum())
 
 
-@torch.library.custom_op("ssiuu_fast::neuron_attribution", mutates_args=())
-def neuron_attribution(
-    hidden: Tensor, gradient: Tensor, mask: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "ssiuu_fast::neuron_attribution",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor gradient, Tensor? mask, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def neuron_attribution(hidden, gradient, mask, backend):
     """neuron_attribution: (max, min, sum)."""
     return tuple(run_neuron_attribution(hidden, gradient, mask, backend))
 
@@ -151,18 +133,13 @@ def traced_neuron_attribution(hidden, gradient, mask, backend) -> NeuronAttribut
         return NeuronAttribution(*torch.ops.ssiuu_fast.neuron_attribution(hidden, gradient, mask, backend))
 
 
-@torch.library.custom_op("ssiuu_fast::neuron_penalty", mutates_args=())
-def neuron_penalty(
-    hidden: Tensor,
-    gradient: Tensor,
-    reference: Tensor | None,
-    mask: Tensor | None,
-    weight: float,
-    weight_tensor: Tensor | None,
-    per_sample: bool,
-    one_sided: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "ssiuu_fast::neuron_penalty",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor gradient, Tensor? reference, Tensor? mask, float weight, Tensor? weight_tensor,"
+    " bool per_sample, bool one_sided, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def neuron_penalty(hidden, gradient, reference, mask, weight, weight_tensor, per_sample, one_sided, backend):
     """neuron_penalty without writing: (injection, attribution, penalty, negative)."""
     injection = gradient.clone(memory_format=torch.contiguous_format)
     weight = weight if weight_tensor is None else weight_tensor

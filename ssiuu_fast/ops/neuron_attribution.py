@@ -37,7 +37,8 @@ def neuron_attribution(
     Returns:
         NeuronAttribution of [batch, neurons] in float32 (float64 for float64), without gradient history. A sample
         without a counted token has max −inf, min +inf and sum 0. A NaN among the counted tokens of a neuron makes
-        its max, min and sum NaN. The sum is accumulated in float64, in the order of the tokens.
+        its max, min and sum NaN. The sum is accumulated in float64, in a fixed order ("cuda" adds up to four
+        neighbouring tokens in float32 before: where those overflow, it is infinite or NaN).
 
     Raises:
         TypeError, ValueError: what is wrong and what to do.

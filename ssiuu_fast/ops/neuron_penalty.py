@@ -1,6 +1,5 @@
 """The penalty at the grain of neurons: what is added to the gradient of a linear module's output."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from ssiuu_fast.ops import backends, cuda
 from ssiuu_fast.ops.addresses import address, neuron_numbers
-from ssiuu_fast.ops.checks import check_apart, check_contiguous, check_own_memory, check_written
+from ssiuu_fast.ops.checks import check_apart, check_contiguous, check_own_memory, check_weight, check_written
 from ssiuu_fast.ops.neuron_attribution import check_pair, mask_bytes
 
 
@@ -57,8 +56,8 @@ def neuron_penalty(
     Returns:
         NeuronPenalty: injection is `gradient`; attribution has the shape and dtype of the reference; penalty float64
         and negative int64, 0-dim on the device. A neuron whose A, or A − reference if A < 0, isn't finite adds
-        nothing and gets 0 injected; its attribution is returned as it is. Sums over tokens are accumulated in
-        float64 or blockwise, in a fixed order.
+        nothing and gets 0 injected; its attribution is returned as it is. Sums are
+        accumulated as in `neuron_attribution`.
 
     Raises:
         TypeError, ValueError: before anything is changed, with what is wrong and what to do.
@@ -100,20 +99,9 @@ def _check(hidden, gradient, reference, weight, per_sample):
                 f" {tuple(shape)} on {hidden.device}"
             )
         check_apart(gradient, "gradient", reference, "reference")
-    if not isinstance(weight, Tensor):
-        if not math.isfinite(weight):
-            raise ValueError(f"weight must be finite, not {weight}")
-        return float(weight)
-    if weight.numel() != 1 or weight.dtype != torch.float32 or weight.device != hidden.device:
-        raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)} on {weight.device}: pass a number or one"
-            f" float32 element on {hidden.device}"
-        )
-    check_apart(gradient, "gradient", weight, "weight")
-    weight = weight.detach().reshape(())
-    # on an accelerator looking would wait for it
-    if weight.device.type == "cpu" and not weight.isfinite():
-        raise ValueError(f"weight must be finite, not {weight.item()}")
+    weight = check_weight(weight, [(hidden.device, "hidden")])
+    if isinstance(weight, Tensor):
+        check_apart(gradient, "gradient", weight, "weight")
     return weight
 
 

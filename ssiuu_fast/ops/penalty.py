@@ -10,7 +10,8 @@ from torch import Tensor
 from ssiuu_fast.ops import backends, cuda
 from ssiuu_fast.ops.addresses import penalty_table
 from ssiuu_fast.ops.blockwise8 import LIMIT, Blockwise8, tensors_of
-from ssiuu_fast.ops.penalty_input import check_counts, check_tensors, check_weight
+from ssiuu_fast.ops.checks import check_weight
+from ssiuu_fast.ops.penalty_input import check_counts, check_tensors
 
 _RESULT_DTYPES = (torch.float64, torch.int64, torch.float64, torch.int64)
 
@@ -73,14 +74,14 @@ def penalty_(
         gradient_scale: factor on every gradient before use, for gradients that come averaged or scaled.
         nonfinite_counts: None, or int64 [len(gradients)] on the device of the inputs (of index 0, if they have
             several), which receives the non-finite elements of each index.
-        backend: "auto", "cpp", "triton" or "reference".
+        backend: "auto", "cpp", "cuda", "triton" or "reference".
 
     Returns:
         PenaltyResult of 0-dim tensors on the device of index 0 (on the CPU for empty lists):
         penalty float64 = Σ d²; negative int64 = number of elements with A < 0;
         gradient_square float64 = Σ (2·d·g)², the squared norm of ∂R/∂φ before weight;
         nonfinite int64 = number of elements left out, as follows. Squares neither vanish nor overflow, whatever
-        the size of d; "cpp" sums short blocks of them in float32 where that loses no more than 1e-7.
+        the size of d; "cpp" and "cuda" sum a few of them in float32 where that loses no more than 1e-7.
 
         An element is left out where A, or A − A^ref if A < 0, is NaN, infinite or beyond the range of its
         reference's dtype (2^126 for Blockwise8): it adds nothing to any sum but this count, gets 0 written (nothing
@@ -91,44 +92,27 @@ def penalty_(
         TypeError, ValueError: before anything is changed, with the index, what is wrong and what to do.
         RuntimeError: the backend asked for can't run here, with the reason.
     """
-    flags = (one_sided, update_references, first)
-    if torch.compiler.is_compiling():
-        from ssiuu_fast.ops import library
-
-        return library.traced_penalty_(
-            gradients, parameters, references, weight, out, *flags, gradient_scale, nonfinite_counts, backend
-        )
-    return run_penalty_(
-        gradients, parameters, references, weight, out, *flags, gradient_scale, nonfinite_counts, backend
-    )
-
-
-def run_penalty_(
-    gradients,
-    parameters,
-    references,
-    weight,
-    out,
-    one_sided,
-    update_references,
-    first,
-    gradient_scale,
-    nonfinite_counts,
-    backend,
-) -> PenaltyResult:
-    """penalty_ outside of a traced graph."""
     outs = [None] * len(gradients) if out is None else out
-    check_tensors(gradients, parameters, references, outs, update_references or first)
-    weight = check_weight(weight, gradients)
-    if not math.isfinite(gradient_scale):
-        raise ValueError(f"gradient_scale must be finite, not {gradient_scale}")
+    options = Options(weight, gradient_scale, bool(one_sided), bool(update_references or first), bool(first))
+    run = run_penalty_
+    if torch.compiler.is_compiling():
+        from ssiuu_fast.ops.library import traced_penalty_ as run
+    return run(gradients, parameters, references, outs, options, nonfinite_counts, backend)
+
+
+def run_penalty_(gradients, parameters, references, outs, options, nonfinite_counts, backend) -> PenaltyResult:
+    """penalty_ outside of a traced graph."""
+    check_tensors(gradients, parameters, references, outs, options.update_references)
+    if not math.isfinite(options.gradient_scale):
+        raise ValueError(f"gradient_scale must be finite, not {options.gradient_scale}")
     if nonfinite_counts is not None:
         check_counts(nonfinite_counts, gradients)
-    options = Options(weight, float(gradient_scale), bool(one_sided), bool(update_references or first), bool(first))
+    groups = _by_device(gradients)
+    weight = check_weight(options.weight, [(device, f"gradients[{rows[0]}]") for device, rows in groups.items()])
+    options = options._replace(weight=weight, gradient_scale=float(options.gradient_scale))
     if not gradients:
         return PenaltyResult(*(torch.zeros((), dtype=dtype) for dtype in _RESULT_DTYPES))
 
-    groups = _by_device(gradients)
     runs = {device: _runner(backend, device, [gradients[i] for i in rows]) for device, rows in groups.items()}
     sums = []
     with torch.no_grad():

@@ -1,7 +1,5 @@
 """What penalty_ refuses, before anything is changed."""
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -87,25 +85,6 @@ def _check_reference(reference, label, dtypes):
         raise TypeError(f"{label} is a Blockwise8 beside float64 gradients: pass a float64 reference")
     else:
         check_blockwise8(reference, label)
-
-
-def check_weight(weight, gradients):
-    if not isinstance(weight, Tensor):
-        if not math.isfinite(weight):
-            raise ValueError(f"weight must be finite, not {weight}")
-        return float(weight)
-    if weight.numel() != 1 or weight.dtype != torch.float32:
-        raise ValueError(
-            f"weight is {weight.dtype} of shape {tuple(weight.shape)}: pass a number or one float32 element"
-        )
-    for i, gradient in enumerate(gradients):
-        if gradient.device != weight.device:
-            raise ValueError(f"weight is on {weight.device} and gradients[{i}] on {gradient.device}: move it there")
-    weight = weight.detach().reshape(())
-    # on an accelerator looking would wait for it
-    if weight.device.type == "cpu" and not weight.isfinite():
-        raise ValueError(f"weight must be finite, not {weight.item()}")
-    return weight
 
 
 def check_counts(counts, gradients):

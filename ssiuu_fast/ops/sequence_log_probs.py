@@ -37,7 +37,7 @@ def sequence_log_probs(logits: Tensor, labels: Tensor, ignore_index: int = -100)
                 f"label {wrong[0].item()} is outside the vocabulary of {logits.shape[2]}: were the tokens made by this "
                 f"model's tokenizer, and is every position outside the answer set to {ignore_index}?"
             )
-    return _SequenceLogProbs.apply(logits[:, :-1], labels[:, 1:], ignore_index)
+    return SequenceLogProbs.apply(logits[:, :-1], labels[:, 1:], ignore_index)
 
 
 def answer_token_counts(labels: Tensor, ignore_index: int = -100) -> Tensor:
@@ -48,7 +48,7 @@ def answer_token_counts(labels: Tensor, ignore_index: int = -100) -> Tensor:
     return (labels[:, 1:] != ignore_index).sum(dim=1)
 
 
-class _SequenceLogProbs(torch.autograd.Function):
+class SequenceLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
         counted = targets != ignore_index

@@ -5,7 +5,7 @@ import penalty_grid
 import pytest
 import small_grid
 import torch
-from penalty_cases import Case
+from penalty_cases import Case, every_magnitude
 
 from ssiuu_fast.ops import Blockwise8, neuron_attribution, neuron_penalty, penalty_
 
@@ -15,18 +15,13 @@ SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def compare(case, what):
-    runs = []
-    for backend in ("reference", "cuda"):
-        run, counts = case.copy(), torch.full((len(case.gradients),), -1)
-        result = run.run(penalty_, backend, nonfinite_counts=counts)
-        runs.append((run.written, result, counts))
-    (plain_tensors, plain, plain_counts), (tensors, result, counts) = runs
-    for kernel, reference in zip(tensors, plain_tensors, strict=True):
-        torch.testing.assert_close(kernel, reference, rtol=0, atol=0, equal_nan=True, msg=what)
+    """The reference's numbers, on the road of 16-byte accesses."""
+    mine, theirs = (penalty_grid.placed(case, CPU, penalty_grid.ALIGNED) for _ in range(2))
+    result, counts = penalty_grid.run(mine, "cuda", what)
+    plain, plain_counts = penalty_grid.run(theirs, "reference", what)
+    penalty_grid.assert_same_outcome(mine, theirs, what)
     assert torch.equal(counts, plain_counts), what
-    for kernel, reference in zip(result, plain, strict=True):
-        # packs of eight squares are added in fp32
-        torch.testing.assert_close(kernel, reference, rtol=1e-6, atol=0, msg=what)
+    penalty_grid.assert_same_sums(result, plain, what)
 
 
 @pytest.mark.parametrize("number", range(len(penalty_grid.OPTIONS)))
@@ -48,28 +43,17 @@ def test_what_a_memory_checker_watches_on_a_gpu():
     small_grid.main("cpu", "cuda")
 
 
-def aligned_case(dtypes, sizes, seed=0, **options):
-    """Freshly allocated, so that the 16-byte road is taken."""
-    generator = torch.Generator().manual_seed(seed)
+def normal_case(dtypes, sizes):
+    generator = torch.Generator().manual_seed(0)
     lists = [[torch.randn(size, generator=generator).to(dtype) for size in sizes] for dtype in dtypes]
-    return Case(*lists, [None] * len(sizes), {"weight": 0.5} | options)
-
-
-class Aligned(Case):
-    def copy(self):
-        def clone(t):
-            return Blockwise8(t.codes.clone(), t.absmax.clone()) if isinstance(t, Blockwise8) else t.clone()
-
-        lists = (self.gradients, self.parameters, self.references, self.outs)
-        return Aligned(*([None if t is None else clone(t) for t in tensors] for tensors in lists), self.options)
+    return Case(*lists, [None] * len(sizes), {"weight": 0.5})
 
 
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("gradient", SINGLE)
 @pytest.mark.parametrize("parameter", SINGLE)
 def test_aligned_tensors_of_several_chunks(gradient, parameter, eight_bits):
-    case = aligned_case((gradient, parameter, torch.bfloat16), (40_001, 0, 256, 4096, 5, 12_288))
-    case.__class__ = Aligned
+    case = normal_case((gradient, parameter, torch.bfloat16), (40_001, 0, 256, 4096, 5, 12_288))
     if eight_bits:
         case.references = [Blockwise8.encode(reference.float()) for reference in case.references]
     case.outs[3] = torch.ones(4096, dtype=gradient)
@@ -78,18 +62,12 @@ def test_aligned_tensors_of_several_chunks(gradient, parameter, eight_bits):
 
 
 def test_codes_of_every_magnitude():
-    generator = torch.Generator().manual_seed(0)
-    size = 20_000
-    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
-    parameters = signs * 10 ** (45 * torch.rand(size, generator=generator).sort().values - 38)
-    parameters[5000:10_000] = signs[5000:10_000] * 10 ** (8 * torch.rand(5000, generator=generator) - 8)
-    references = Blockwise8.empty_like(parameters)
-    compare(Aligned([torch.ones(size)], [parameters], [references], [None], {"weight": 0.5, "first": True}), "codes")
+    compare(every_magnitude(), "codes")
 
 
 @pytest.mark.parametrize("scale", [1e-22, 1e-30, 1e12])
 def test_squares_that_fp32_cannot_hold(scale):
-    case = aligned_case([torch.float32] * 3, (5000,))
+    case = normal_case([torch.float32] * 3, (5000,))
     case.gradients[0] *= scale
     case.references[0] *= scale
     compare(case, f"{scale}")
@@ -97,7 +75,7 @@ def test_squares_that_fp32_cannot_hold(scale):
 
 def test_three_thousand_small_tensors():
     sizes = [1 + 7 * i % 40 for i in range(3000)]
-    compare(aligned_case((torch.bfloat16, torch.float32, torch.bfloat16), sizes), "3,000")
+    compare(normal_case((torch.bfloat16, torch.float32, torch.bfloat16), sizes), "3,000")
 
 
 def test_nothing_is_written_past_the_ends():
@@ -164,3 +142,13 @@ def test_neuron_penalty_by_hand():
     assert result.attribution.tolist() == [-4, 6]
     assert gradient.tolist() == [[[3, 0], [3, 0]]]
     assert (result.penalty.item(), result.negative.item()) == (9, 1)
+
+
+def test_an_unknown_reference_is_left_out():
+    hidden, gradient = torch.tensor([[[1.0, 2], [3, 4]]]), torch.tensor([[[-1.0, -1], [-1, -1]]])
+    reference = torch.tensor([torch.nan, -5])
+    result = neuron_penalty(hidden, gradient, reference, weight=0.5, per_sample=False, backend="cuda")
+    # A = (−4, −6), and the first has nothing to be compared with
+    assert result.attribution.tolist() == [-4, -6]
+    assert gradient.tolist() == [[[0, 1], [0, 1]]]
+    assert (result.penalty.item(), result.negative.item()) == (1, 1)

@@ -14,8 +14,21 @@ OPTIONS = [
     for first, update in ((True, True), (False, True), (False, False))
     for one_sided in (False, True)
 ]
+REFERENCES = (*SINGLE, "8bit")
+OUTS = (None, "same", torch.float32)
 # gradient, parameter, reference, out; "same" is the gradient's
-COMBINATIONS = list(itertools.product(SINGLE, SINGLE, (*SINGLE, "8bit"), (None, "same", torch.float32)))
+COMBINATIONS = list(itertools.product(SINGLE, SINGLE, REFERENCES, OUTS))
+
+
+def covering(number):
+    """Six of COMBINATIONS for OPTIONS[number], what Triton has to compile kept small.
+
+    Each has every dtype of every role; those of two numbers that follow each other have every pair of dtypes together.
+    """
+    places = [(i, j) for i in range(3) for j in range(4) if (i + j + number) % 2 == 0]
+    return [(SINGLE[i], SINGLE[(i + j) % 3], REFERENCES[j], OUTS[(i + 2 * j) % 3]) for i, j in places]
+
+
 # where each tensor starts in its memory, in elements: all aligned, all one off, each its own
 ALIGNED, ODD, MIXED = range(3)
 GUARD = 3
@@ -86,6 +99,26 @@ def case_of(combinations, options, seed, sizes=SIZES):
 
 def random_call(seed, *, poison=False):
     return random_case(torch.Generator().manual_seed(seed), poison=poison)
+
+
+def covered_call(seed, *, poison=False):
+    """A random call on one to four tensors of what `covering` has, so that Triton compiles nothing new for it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(choices):
+        return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+    number = draw(range(len(OPTIONS)))
+    # sizes that are multiples of 16 allow other kernels than the rest
+    sizes = [draw(SIZES) if draw((True, False)) else 16 * draw(range(300)) for _ in range(4)]
+    options = OPTIONS[number] | {"weight": draw((1.0, 0.37, 1e-3)), "gradient_scale": draw((1.0, 0.73, 2.0))}
+    combinations = [draw(covering(number)) for _ in range(draw(range(1, 5)))]
+    # sizes are taken from the first on
+    case = case_of(combinations, options, len(sizes) * seed, sizes=sizes)
+    for gradient in case.gradients if poison else []:
+        if gradient.numel():
+            gradient[draw(range(gradient.numel()))] = draw((torch.inf, -torch.inf, torch.nan))
+    return case
 
 
 def in_float(case):

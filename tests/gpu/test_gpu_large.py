@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from neuron_grid import whole_numbers
 from penalty_cases import SINGLE
-from penalty_grid import MIXED, case_of, check
+from penalty_grid import MIXED, OPTIONS, assert_equal, case_of, check, covering
 
 from ssiuu_fast import ops
 from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalty_
@@ -62,16 +63,6 @@ def fill_slice(device, span, kind):
     return gradient, parameter, reference if kind == "bf16" else ops.Blockwise8.encode(reference)
 
 
-def assert_equal(mine, theirs, begin, what):
-    if not torch.equal(mine, theirs):
-        wrong = (mine != theirs).nonzero()
-        at = wrong[0].item()
-        raise AssertionError(
-            f"{what}: {len(wrong)} of the {len(mine)} elements from {begin} on differ, the first at {begin + at}: "
-            f"{mine[at].item()} for {theirs[at].item()}"
-        )
-
-
 @BACKENDS
 @pytest.mark.parametrize("kind", ["bf16", "8bit"])
 def test_penalty_of_more_than_2_to_the_31_elements(device, backend, kind):
@@ -84,29 +75,29 @@ def test_penalty_of_more_than_2_to_the_31_elements(device, backend, kind):
         plain_gradient, plain_parameter, plain_reference = fill_slice(device, span, kind)
         plain = penalty_([plain_gradient], [plain_parameter], [plain_reference], weight=0.5, backend="reference")
         sums += torch.stack([x.double() for x in plain])
-        assert_equal(gradient[span], plain_gradient, span.start, "value")
-        assert_equal(parameter[span], plain_parameter, span.start, "parameter, which is only read,")
+        what = f"from element {span.start} on"
+        assert_equal(gradient[span], plain_gradient, f"value {what}")
+        assert_equal(parameter[span], plain_parameter, f"parameter, which is only read, {what}")
         if kind == "bf16":
-            assert_equal(reference[span], plain_reference, span.start, "reference")
+            assert_equal(reference[span], plain_reference, f"reference {what}")
         else:
-            assert_equal(reference.codes[span], plain_reference.codes, span.start, "codes")
             blocks = slice(span.start // 256, -(-span.stop // 256))
-            assert_equal(reference.absmax[blocks], plain_reference.absmax, blocks.start, "absmax, block by block,")
+            assert_equal(reference.codes[span], plain_reference.codes, f"codes {what}")
+            assert_equal(reference.absmax[blocks], plain_reference.absmax, f"absmax {what}")
     torch.testing.assert_close(torch.stack([x.double() for x in result]), sums, rtol=1e-6, atol=0)
     assert counts.item() == 0
 
 
-def whole_numbers(device, sample):
-    """[tokens, neurons] whose products and sums over tokens are exact in fp32."""
-    generator = torch.Generator(device).manual_seed(sample)
-    return torch.empty(SHAPE[1:], dtype=torch.bfloat16, device=device).random_(-3, 4, generator=generator)
+def plane(device, sample):
+    """[tokens, neurons] of one sample."""
+    return whole_numbers(SHAPE[1:], torch.bfloat16, device, torch.Generator(device).manual_seed(sample))
 
 
 def neuron_inputs(device):
     hidden, gradient = (torch.empty(SHAPE, dtype=torch.bfloat16, device=device) for _ in range(2))
     for sample in range(SHAPE[0]):
-        hidden[sample] = whole_numbers(device, sample)
-        gradient[sample] = whole_numbers(device, 100 + sample)
+        hidden[sample] = plane(device, sample)
+        gradient[sample] = plane(device, 100 + sample)
     return hidden, gradient
 
 
@@ -130,7 +121,7 @@ def test_neuron_penalty_of_more_than_2_to_the_31_elements(device, backend):
     result = neuron_penalty(hidden, gradient, reference, weight=0.5, per_sample=True, backend=backend)
     penalty = torch.zeros((), dtype=torch.float64, device=device)
     for sample in range(SHAPE[0]):
-        plain_gradient = whole_numbers(device, 100 + sample)
+        plain_gradient = plane(device, 100 + sample)
         for begin in range(0, SHAPE[2], 512):
             span = slice(begin, begin + 512)
             plain = neuron_penalty(
@@ -151,6 +142,6 @@ def test_neuron_penalty_of_more_than_2_to_the_31_elements(device, backend):
 @BACKENDS
 def test_3000_small_tensors_of_mixed_dtypes(device, backend):
     combinations = [(SINGLE[i % 3], SINGLE[i % 2], (*SINGLE, "8bit")[i % 4], None) for i in range(12)]
-    options = {"first": False, "update_references": True, "one_sided": False, "weight": 0.5, "gradient_scale": 1.0}
+    combinations = combinations if backend == "cuda" else 2 * covering(2)
     sizes = [int(size) for size in torch.randint(4097, (997,), generator=torch.Generator().manual_seed(0))]
-    check(case_of(combinations * 250, options, 0, sizes=sizes), device, backend, MIXED, "3000 tensors")
+    check(case_of(combinations * 250, OPTIONS[2], 0, sizes=sizes), device, backend, MIXED, "3000 tensors")

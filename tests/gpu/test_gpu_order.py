@@ -4,7 +4,7 @@ import pytest
 import torch
 from operator_calls import OPERATORS, assert_same_bits, bits, check_determinism, clones
 
-from ssiuu_fast.ops import penalty_
+from ssiuu_fast.ops import Blockwise8, blockwise8, penalty_
 
 pytestmark = pytest.mark.gpu
 OPERATOR = pytest.mark.parametrize("operator", OPERATORS)
@@ -96,6 +96,29 @@ def test_nonfinite_counts_do_not_wait_either(device, backend, refuse_waiting):
         penalty_(*lists, weight=0.5, nonfinite_counts=counts, backend=backend)
         refuse_waiting(False)
     assert counts.tolist() == [0, 0, 0, 1, 0]
+
+
+def test_8_bit_references_are_encoded_and_decoded_without_waiting(device, refuse_waiting):
+    values = torch.randn(100_003, device=device)
+    expected = Blockwise8.encode(values).decode()
+    torch.cuda.synchronize()
+    refuse_waiting(True)
+    again = Blockwise8.encode(values).decode()
+    refuse_waiting(False)
+    assert torch.equal(again, expected)
+
+
+def test_8_bit_references_in_a_cuda_graph_need_a_call_before(device):
+    values = torch.randn(5000, device=device)
+    blockwise8._constants_on.cache_clear()
+    with pytest.raises(RuntimeError, match="call it once before the capture"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        Blockwise8.encode(values)
+    expected = Blockwise8.encode(values).decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = Blockwise8.encode(values).decode()
+    graph.replay()
+    assert torch.equal(captured, expected)
 
 
 @OPERATOR

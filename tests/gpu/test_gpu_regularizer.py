@@ -99,15 +99,51 @@ def test_nonfinite_attributions_raise_when_they_are_next_looked_at(device, value
 def test_backward_does_not_wait_for_the_device(device, backend, state_dtype, nonfinite):
     model = tiny_llama(torch.float32).to(device)
     regularizer = SSIUURegularizer(model, WEIGHT, state_dtype=state_dtype, nonfinite=nonfinite, backend=backend)
+    take_steps_without_waiting(model, regularizer, device)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+@pytest.mark.parametrize("nonfinite", ["count", "raise"])
+def test_backward_of_neurons_does_not_wait_for_the_device(device, backend, reference, nonfinite):
+    model = tiny_llama(torch.float32).to(device)
+    regularizer = SSIUURegularizer(
+        model, WEIGHT, granularity="neuron", reference=reference, nonfinite=nonfinite, backend=backend
+    )
+    if reference == "initial":
+        # this pass may wait
+        regularizer.set_reference(
+            (log_probs_of(model, to_device(batch(seed=seed), device)), None, ids_of(seed)) for seed in range(5)
+        )
+    take_steps_without_waiting(model, regularizer, device)
+
+
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_samples_that_are_new_are_not_waited_for(device):
+    model = tiny_llama(torch.float32).to(device)
+    regularizer = SSIUURegularizer(model, WEIGHT, granularity="neuron", reference="initial", nonfinite="count")
+    take_steps_without_waiting(model, regularizer, device, of=lambda number: number % 4)
+
+
+def ids_of(seed):
+    # on the CPU: the host has to know them
+    return torch.arange(5) + 5 * seed
+
+
+def take_steps_without_waiting(model, regularizer, device, of=lambda number: number):
+    """of: number of a step → seed of its batch."""
     try:
         # the first two steps compile: without and with a reference
-        for seed in range(5):
-            log_probs = log_probs_of(model, to_device(batch(seed=seed), device))
+        for number in range(5):
+            log_probs = log_probs_of(model, to_device(batch(seed=of(number)), device))
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error" if seed > 1 else "default")
-            regularizer.backward(log_probs)
+            torch.cuda.set_sync_debug_mode("error" if number > 1 else "default")
+            regularizer.backward(log_probs, sample_ids=ids_of(of(number)))
             torch.cuda.set_sync_debug_mode("default")
             log_probs.sum().backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.01)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert regularizer.last_step.penalty > 0

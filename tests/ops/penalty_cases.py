@@ -113,6 +113,19 @@ def random_case(generator, *, double=False, poison=False):
     return case
 
 
+def every_magnitude():
+    """A first step whose A takes every magnitude of fp32, many in one block of an 8-bit reference."""
+    generator = torch.Generator().manual_seed(0)
+    size = 20_000
+    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
+    parameters = signs * 10 ** (45 * torch.rand(size, generator=generator).sort().values - 38)
+    parameters[5000:10_000] = signs[5000:10_000] * 10 ** (8 * torch.rand(5000, generator=generator) - 8)
+    references = Blockwise8.empty_like(parameters)
+    references.codes.zero_()
+    options = {"weight": 0.5, "first": True}
+    return Case([torch.ones(size)], [parameters], [references], [None], options)
+
+
 def expected(case, arithmetic=None):
     """An Expected an index by the formula's plain transcription.
 

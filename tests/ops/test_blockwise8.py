@@ -7,7 +7,7 @@ import torch
 from penalty_cases import copied
 
 from ssiuu_fast import _C
-from ssiuu_fast.ops import Blockwise8, penalty_
+from ssiuu_fast.ops import Blockwise8, blockwise8, penalty_
 from ssiuu_fast.ops.blockwise8 import LIMIT, VALUES
 
 BACKENDS = ["reference", "cpp"]
@@ -130,6 +130,28 @@ def test_sizes_and_the_bits_of_every_backend(size):
         assert torch.equal(kernel.codes, plain.codes) and torch.equal(kernel.absmax, plain.absmax)
     stride = 7
     assert torch.equal(plain.decode_strided(stride), plain.decode()[::stride])
+
+
+def test_constants_are_sent_to_a_device_once(monkeypatch):
+    blockwise8._constants_on.cache_clear()
+    values = torch.randn(300)
+    first = Blockwise8.encode(values)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("a constant was made again")
+
+    monkeypatch.setattr(torch, "tensor", refuse)
+    again = Blockwise8.encode(values)
+    assert torch.equal(again.codes, first.codes) and torch.equal(again.decode(), first.decode())
+
+
+def test_constants_are_not_sent_while_a_graph_is_captured(monkeypatch):
+    blockwise8._constants_on.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="on cuda:0 for the first time while .* call it once before the capture"):
+        blockwise8.values_on(torch.device("cuda", 0))
+    # the CPU captures nothing
+    assert torch.equal(blockwise8.values_on(torch.device("cpu")), VALUES)
 
 
 def test_shape_and_bytes():

@@ -52,7 +52,7 @@ PENALTY = {
     "in place": (False, None, False, True, False),
     "to out, one-sided": (True, torch.tensor(0.3), True, True, False),
     "references stay": (False, None, False, False, False),
-    "first": (False, None, False, False, True),
+    "first": (False, None, False, True, True),
 }
 
 
@@ -63,7 +63,7 @@ def test_penalty_is_a_sound_operator(dtype, options):
     gradients, parameters, references, outs = lists(dtype, 4)
     outs = [outs[0].to(gradients[0].dtype), None, outs[2]] if add else [None] * 3
     parameters[0].requires_grad_()
-    arguments = (gradients, parameters, references, outs, 0.5, weight, *flags, 2.0, "auto")
+    arguments = (gradients, parameters, references, outs, 0.5, weight, 2.0, *flags, "auto")
     opcheck(OPERATORS.penalty, arguments)
     results = torch.utils._pytree.tree_leaves(OPERATORS.penalty(*arguments))
     assert not any(tensor.requires_grad for tensor in results)

@@ -118,6 +118,15 @@ def test_a_difference_beyond_the_range_adds_nothing(backend):
 
 
 @EACH_BACKEND
+def test_an_unknown_reference_is_left_out(backend):
+    hidden, gradient = toy(torch.float32)
+    # A = [-5, 10], and the first has nothing to be compared with
+    reference = torch.tensor([torch.nan, 0.0])
+    result = neuron_penalty(hidden, gradient, reference, weight=0.5, per_sample=False, backend=backend)
+    assert numbers(result) == [[[[0, 0], [0, 0]], [[0, 0], [0, 0]]], [-5, 10], 0, 0]
+
+
+@EACH_BACKEND
 def test_an_infinite_factor_stays_away_from_tokens_left_out(backend):
     hidden = torch.full((1, 2, 1), -50.0)
     # A = d = −50, and 2 · weight · d is beyond the range

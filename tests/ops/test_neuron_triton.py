@@ -31,7 +31,11 @@ def compile_for(capability, kernel, pointers, constants, warps):
     integers = dict.fromkeys(kernel.arg_names, "i32")
     signature = integers | pointers | dict.fromkeys(constants, "constexpr")
     # as at a launch with addresses and sizes that are multiples of 16, the sizes below 2^31
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name] != "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] != "constexpr" and not kernel.params[i].do_not_specialize
+    }
     return triton.compile(
         ASTSource(kernel, signature, constexprs=constants, attrs=aligned),
         target=GPUTarget("cuda", capability, 32),

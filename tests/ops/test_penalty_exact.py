@@ -3,6 +3,7 @@
 import pytest
 import torch
 from penalty_cases import Case, expected, random_case
+from three_way import assert_three_way, check_sums
 
 from ssiuu_fast import _C
 from ssiuu_fast.ops import Blockwise8, penalty_
@@ -18,20 +19,6 @@ def restore():
     _C.use_cpu_unit(_C.cpu_units()[-1])
 
 
-def assert_three_way(kernel, transcribed, truth, what, seed):
-    """The kernel's largest error is at most torch's, but for the one rounding to the dtype of storage."""
-    if not kernel.numel():
-        return
-    error = (kernel.double() - truth).abs()
-    worst = error.argmax()
-    rounding = torch.finfo(kernel.dtype).eps * truth.abs().max() + torch.finfo(kernel.dtype).tiny
-    bound = (transcribed.double() - truth).abs().max() + rounding
-    assert error[worst] <= bound, (
-        f"{what} of case {seed}, worst at {worst.item()}: {kernel[worst].item()} for {truth[worst].item()},"
-        f" error {error[worst].item():.3e} > {bound.item():.3e}"
-    )
-
-
 def check_case(seed):
     case = random_case(torch.Generator().manual_seed(seed), double=seed % 8 == 7)
     truths = list(expected(case, torch.float64))
@@ -39,15 +26,16 @@ def check_case(seed):
     mine = case.copy()
     result = mine.run(penalty_, "cpp")
     for i, (truth, transcription) in enumerate(zip(truths, transcriptions, strict=True)):
-        assert_three_way(mine.written[i], transcription.value, truth.value, f"value[{i}]", seed)
+        assert_three_way(mine.written[i], transcription.value, truth.value, f"value[{i}] of case {seed}")
         if isinstance(mine.references[i], Blockwise8):
             check_eight_bits(mine.references[i], case.references[i], truth.reference, case.options, seed)
         else:
-            assert_three_way(mine.references[i], transcription.reference, truth.reference, f"reference[{i}]", seed)
+            what = f"reference[{i}] of case {seed}"
+            assert_three_way(mine.references[i], transcription.reference, truth.reference, what)
         if case.outs[i] is not None:
             assert torch.equal(mine.gradients[i], case.gradients[i])
         assert torch.equal(mine.parameters[i], case.parameters[i])
-    check_sums(result, truths, seed)
+    check_sums(result, truths, f"case {seed}")
 
 
 def check_eight_bits(reference, before, truth, options, seed):
@@ -64,23 +52,6 @@ def check_eight_bits(reference, before, truth, options, seed):
         nearest = torch.minimum((ordered[above] - block).abs(), (ordered[above - 1] - block).abs())
         error = (values[codes.int()] - block).abs()
         assert (error <= nearest + 1e-6 * block.abs()).all(), f"codes of case {seed}"
-
-
-def check_sums(result, truths, seed):
-    """Each difference carries the rounding of A in fp32, a few 2^-24 of what it cancelled from."""
-    assert result.negative.item() == sum(truth.negative.item() for truth in truths)
-    assert result.nonfinite.item() == 0
-    penalty = sum(truth.penalty.item() for truth in truths)
-    cancelled = sum(truth.cancelled.item() for truth in truths)
-    # |Σ(d+e)² − Σd²| <= 2·√Σd²·√Σe² + Σe²
-    rounding = 4e-7 * (penalty * cancelled) ** 0.5 + 1e-13 * cancelled
-    assert result.penalty.item() == pytest.approx(penalty, rel=1e-6, abs=rounding), f"penalty of case {seed}"
-    square = sum(truth.gradient_square.item() for truth in truths)
-    steepest = max(truth.largest_gradient.item() for truth in truths)
-    rounding = steepest * (4e-7 * (square * cancelled) ** 0.5 + steepest * 1e-13 * cancelled)
-    assert result.gradient_square.item() == pytest.approx(square, rel=1e-6, abs=rounding), (
-        f"gradient_square of case {seed}"
-    )
 
 
 def test_random_cases_against_fp64():

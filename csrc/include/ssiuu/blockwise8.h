@@ -49,10 +49,13 @@ SSIUU_ELEMENTWISE float blockwise8_absmax(float largest) { return largest < kBlo
 // What every element of the block is multiplied by before encoding: the division is one correctly rounded one.
 SSIUU_ELEMENTWISE float blockwise8_inverse(float absmax) { return absmax > 0.0f ? 1.0f / absmax : 0.0f; }
 
-// The code of the nearest value, but for roundings of `scaled` at a midpoint. |value| ≤ absmax, never NaN.
-SSIUU_ELEMENTWISE int blockwise8_code(float value, float inverse) {
-    const float scaled = (value < 0.0f ? -value : value) * inverse;
-    // below half the smallest magnitude the code is 0
+// A group of codes: their number, and codes a unit of |value| / absmax.
+struct Blockwise8Group {
+    float size, factor;
+};
+
+// The group whose values are nearest to `scaled`; below half the smallest magnitude the one of code 0.
+SSIUU_ELEMENTWISE constexpr Blockwise8Group blockwise8_group(float scaled) {
     float size = 0.5f, factor = 0.0f;
     // From the midpoint of two groups on, the upper one: 2^i codes, and 10^7 / (9 · 5^i) codes a unit.
     size = scaled >= 2.75e-7f ? 1.0f : size;
@@ -69,13 +72,53 @@ SSIUU_ELEMENTWISE int blockwise8_code(float value, float inverse) {
     factor = scaled >= 1.05625e-2f ? float(1e7 / 28125) : factor;
     size = scaled >= 0.1028125f ? 64.0f : size;
     factor = scaled >= 0.1028125f ? float(1e7 / 140625) : factor;
+    return {size, factor};
+}
+
+SSIUU_ELEMENTWISE int blockwise8_code_in(Blockwise8Group group, float value, float scaled) {
     // between two groups' values the midpoint lies above the lower one's decade
-    const float place = scaled * factor + size * float(8.0 / 9), last = size + size - 1.0f;
+    const float place = scaled * group.factor + group.size * float(8.0 / 9), last = group.size + group.size - 1.0f;
     const int magnitude = int(place < last ? place : last);
     // negative values have no 1, and zero has no sign
     const int positive = scaled > 0.996484375f ? 128 : magnitude;
     const int negative = magnitude > 0 ? magnitude + 128 : 0;
     return value < 0.0f ? negative : positive;
+}
+
+// The code of the nearest value, but for roundings of `scaled` at a midpoint. |value| ≤ absmax, never NaN.
+SSIUU_ELEMENTWISE int blockwise8_code(float value, float inverse) {
+    const float scaled = (value < 0.0f ? -value : value) * inverse;
+    return blockwise8_code_in(blockwise8_group(scaled), value, scaled);
+}
+
+// The same groups by octave of `scaled`, for processors on which a look into a small table is cheaper than seven
+// comparisons. No octave has more than one midpoint of groups. From 2^-23, below which all is code 0, to 1.
+constexpr int kBlockwise8FirstOctave = 127 - 23; // as the biased exponent of fp32
+constexpr int kBlockwise8Octaves = 24;
+struct Blockwise8OctaveTable {
+    float midpoint[kBlockwise8Octaves];        // from here on the upper group; 2 where there is none
+    Blockwise8Group group[2 * kBlockwise8Octaves]; // the lower and the upper one of each
+};
+
+static constexpr Blockwise8OctaveTable blockwise8_octaves() {
+    Blockwise8OctaveTable table = {};
+    float begin = 0x1p-23f;
+    for (int i = 0; i < kBlockwise8Octaves; ++i, begin *= 2) {
+        const Blockwise8Group lower = blockwise8_group(begin);
+        // the first of the octave's 2^23 numbers that isn't of the lower group, by halving
+        int low = 0, high = 1 << 23;
+        while (high - low > 1) {
+            const int middle = (low + high) / 2;
+            const bool same = blockwise8_group(begin + float(middle) * (begin * 0x1p-23f)).size == lower.size;
+            low = same ? middle : low;
+            high = same ? high : middle;
+        }
+        const bool whole = high == 1 << 23;
+        table.midpoint[i] = whole ? 2.0f : begin + float(high) * (begin * 0x1p-23f);
+        table.group[2 * i] = lower;
+        table.group[2 * i + 1] = whole ? lower : blockwise8_group(table.midpoint[i]);
+    }
+    return table;
 }
 
 } // namespace ssiuu

@@ -6,6 +6,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -33,6 +34,9 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
     explicit dim3(unsigned x = 1) : x(x) {}
 };
+
+using std::max;
+using std::min;
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from penalty_cases import Case, random_case  # noqa: E402
+from penalty_cases import Case, copied, every_magnitude, random_case  # noqa: E402
 
+from ssiuu_fast.kernels import penalty  # noqa: E402
 from ssiuu_fast.ops import Blockwise8, penalty_  # noqa: E402
 
 
@@ -60,14 +61,74 @@ def test_a_tensor_of_several_chunks_beside_an_empty_one(eight_bits):
     compare(Case(*lists, [None] * 3, {"weight": 0.5}), "chunks")
 
 
-def test_codes_of_every_magnitude():
+def aligned(tensor):
+    if tensor is None:
+        return None
+    if isinstance(tensor, Blockwise8):
+        return Blockwise8(aligned(tensor.codes), aligned(tensor.absmax))
+    # memory of torch starts at a multiple of 64 bytes
+    return tensor.clone()
+
+
+def outcome_of(case, places):
+    """Bits that a call writes and returns, where index i is aligned if places[i]; and the launches it took."""
+    lists = (case.gradients, case.parameters, case.references, case.outs)
+    moved = [
+        [None if t is None else aligned(t) if place else copied(t) for t, place in zip(tensors, places, strict=True)]
+        for tensors in lists
+    ]
+    kinds = [penalty.kind_of(*row) for row in zip(*moved, strict=True)]
+    assert [kind.aligned for kind in kinds] == [bool(place) for place in places]
+    run, counts = Case(*moved, case.options), torch.full((len(places),), -1)
+    result = run.run(penalty_, "triton", nonfinite_counts=counts)
+    return [t.reshape(-1).view(torch.uint8) for t in (*run.written, *result, counts)], len(set(kinds))
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_same_bits_wherever_tensors_lie(eight_bits):
     generator = torch.Generator().manual_seed(0)
-    size = 20_000
-    signs = torch.randint(0, 2, (size,), generator=generator) * 2.0 - 1
-    parameters = signs * 10 ** (45 * torch.rand(size, generator=generator).sort().values - 38)
-    parameters[5000:10_000] = signs[5000:10_000] * 10 ** (8 * torch.rand(5000, generator=generator) - 8)
-    references = Blockwise8.empty_like(parameters)
-    compare(Case([torch.ones(size)], [parameters], [references], [None], {"weight": 0.5, "first": True}), "codes")
+    sizes = (4096, 16, 33_008, 256)
+    lists = [[torch.randn(size, generator=generator) * 0.1 for size in sizes] for _ in range(4)]
+    lists[0][1][3] = torch.nan
+    if eight_bits:
+        lists[2] = [Blockwise8.encode(reference) for reference in lists[2]]
+    case = Case(*lists, {"weight": 0.37})
+    first, launches = outcome_of(case, (True,) * 4)
+    assert launches == 1
+    for places, expected in (((False,) * 4, 1), ((True, False, False, True), 2), ((False, True, True, False), 2)):
+        other, launches = outcome_of(case, places)
+        assert launches == expected
+        assert all(torch.equal(one, mine) for one, mine in zip(first, other, strict=True)), places
+
+
+def test_aligned_are_tensors_whose_every_address_and_size_is():
+    def kind(size=32, gradient=0, parameter=0, reference=0, out=0):
+        starts = (gradient, parameter, reference, out)
+        return penalty.kind_of(*(torch.zeros(64, dtype=torch.bfloat16)[start : start + size] for start in starts))
+
+    assert kind().aligned and kind(gradient=8, out=16).aligned
+    for what in ({"size": 24}, {"gradient": 1}, {"parameter": 4}, {"reference": 2}, {"out": 7}):
+        assert not kind(**what).aligned, what
+    # codes are read many at a time, their absmax one by one
+    tensor = torch.zeros(512)
+    places = {False: torch.zeros(3)[1:], True: torch.zeros(3)[:2]}
+    for absmax in places.values():
+        assert penalty.kind_of(tensor, tensor, Blockwise8(tensor.to(torch.uint8), absmax), None).aligned
+    codes = torch.zeros(513, dtype=torch.uint8)[1:]
+    assert not penalty.kind_of(tensor, tensor, Blockwise8(codes, torch.zeros(2)), None).aligned
+
+
+def test_one_copy_to_the_device_a_call_whatever_the_kinds(monkeypatch):
+    copies, upload = [], penalty._upload
+    monkeypatch.setattr(penalty, "_upload", lambda *arguments: copies.append(arguments) or upload(*arguments))
+    kinds = ((32, torch.bfloat16), (32, torch.float32), (3, torch.float16))
+    lists = [[torch.randn(size).to(dtype) for size, dtype in kinds] for _ in range(3)]
+    compare(Case(*lists, [None] * 3, {"weight": 0.5}), "kinds")
+    assert len(copies) == 1
+
+
+def test_codes_of_every_magnitude():
+    compare(every_magnitude(), "codes")
 
 
 def test_weight_as_tensor():

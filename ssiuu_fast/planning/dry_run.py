@@ -1,0 +1,177 @@
+"""A step of unlearning or attribution on fake tensors: what is alive when, and how many operations it asks for.
+
+The steps follow unlearning.py with the two grains, and attribution.py, without what makes no memory of size;
+tests/planning holds them to the real ones.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssiuu_fast import engines
+from ssiuu_fast.attribution_taps import AttributionTaps
+from ssiuu_fast.frozen import frozen
+from ssiuu_fast.ops.sequence_log_probs import SequenceLogProbs
+from ssiuu_fast.planning.live_memory import LiveMemory
+from ssiuu_fast.planning.skeleton import Skeleton, first_line
+from ssiuu_fast.selection import select_modules, select_parameters
+from ssiuu_fast.taps import PendingInjections, TappedOutput, Taps
+
+FORWARD = "forward of the forget rows"
+FORWARD_ALONE = "forward"
+TARGET = "backward of the target"
+LOSS = "backward of the loss"
+RETAIN_FORWARD = "forward of the retain rows"
+RETAIN_BACKWARD = "backward of the retain rows"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step: rows of `length` tokens, padded, `rows_at_once` of them in one forward pass."""
+
+    batch_size: int
+    rows_at_once: int
+    length: int
+
+    @property
+    def split(self) -> bool:
+        return self.rows_at_once < self.batch_size
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a step did: the most bytes alive in each phase, made by the step itself (weights and states are not).
+
+    kept: bytes that autograd keeps of one forward pass. flops: multiplications and additions of the whole step.
+    """
+
+    phases: dict[str, int]
+    kept: int
+    flops: int
+
+
+def unlearning_step(skeleton: Skeleton, workload: Workload, grain: str | None) -> DryRun:
+    """A GD step, with the penalty at the grain "parameter" or "neuron", or without (None).
+
+    The forget rows, then the retain rows; gradients are alive from their first backward pass to the end.
+    """
+    with _recording(skeleton) as record:
+        penalty = None
+        if grain == "neuron":
+            penalty = _NeuronPenalty(skeleton)
+        elif grain == "parameter":
+            penalty = _ParameterPenalty(skeleton)
+        before = record.memory.flops
+        # from the second micro-batch on, all are alike
+        for part in range(2 if workload.split else 1):
+            record.memory.flops = before
+            with record.phase(FORWARD):
+                log_probs = _log_probs(skeleton, workload)
+            if part == 0:
+                kept = record.memory.bytes()
+            if penalty is not None:
+                with record.phase(TARGET):
+                    penalty.backward(log_probs.exp().sum(), first=part == 0, last=part == 1 or not workload.split)
+            with record.phase(LOSS):
+                log_probs.sum().backward()
+        with record.phase(RETAIN_FORWARD):
+            log_probs = _log_probs(skeleton, workload)
+        with record.phase(RETAIN_BACKWARD):
+            log_probs.sum().backward()
+        flops = record.memory.flops * workload.batch_size // workload.rows_at_once
+    return DryRun(record.phases, kept, flops)
+
+
+def attribution(skeleton: Skeleton, workload: Workload) -> DryRun:
+    """One batch of `rows_at_once` rows, whose answers may begin anywhere: all logits are formed."""
+    with _recording(skeleton) as record, frozen(skeleton.model):
+        taps = AttributionTaps(select_modules(skeleton.model, None), lambda name, hidden, gradient: None)
+        with taps.attached():
+            with record.phase(FORWARD_ALONE):
+                log_probs = _log_probs(skeleton, workload)
+            kept = record.memory.bytes()
+            with record.phase(TARGET):
+                taps.backward(log_probs.sum())
+    return DryRun(record.phases, kept, record.memory.flops)
+
+
+class _Record:
+    def __init__(self, memory: LiveMemory):
+        self.memory = memory
+        self.phases: dict[str, int] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.memory.reset_peak()
+        yield
+        self.phases[name] = max(self.phases.get(name, 0), self.memory.peak)
+
+
+@contextmanager
+def _recording(skeleton: Skeleton) -> Iterator[_Record]:
+    skeleton.model.train()
+    try:
+        with skeleton.fake, LiveMemory() as memory:
+            yield _Record(memory)
+    except RuntimeError as error:
+        raise ValueError(
+            f"a model of type {skeleton.name!r} can't be run without memory ({first_line(error)}): give the shape of a "
+            "similar Llama by numbers instead of --model"
+        ) from error
+    finally:
+        skeleton.model.zero_grad(set_to_none=True)
+
+
+class _ParameterPenalty:
+    """parameter_grain.py: g of the regularised parameters, summed over micro-batches; the last one becomes `.grad`."""
+
+    def __init__(self, skeleton: Skeleton):
+        self._parameters = list(select_parameters(skeleton.model, None).values())
+        self._sums: list[Tensor | None] = []
+
+    def backward(self, target: Tensor, first: bool, last: bool) -> None:
+        gradients = [
+            None if gradient is None else gradient.contiguous()
+            for gradient in engines.differentiate(target, self._parameters)
+        ]
+        if first:
+            self._sums = gradients
+        if not last:
+            return
+        sums, self._sums = self._sums, []
+        for parameter, gradient in zip(self._parameters, sums, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
+
+
+class _NeuronPenalty:
+    """neuron_grain.py: one tensor of each tapped output waits for the loss's own backward pass."""
+
+    def __init__(self, skeleton: Skeleton):
+        self._taps = Taps(select_modules(skeleton.model, None))
+        # the first graph that is measured shows which outputs the model overwrites; those alone stay copied
+        target = _log_probs(skeleton, Workload(1, 1, 2)).sum()
+        self._taps.measure(target, lambda output, hidden, gradient: None, retain_graph=False)
+
+    def backward(self, target: Tensor, first: bool, last: bool) -> None:
+        pending = PendingInjections()
+        injections: list[tuple[TappedOutput, Tensor]] = []
+
+        def see(output: TappedOutput, hidden: Tensor, gradient: Tensor) -> None:
+            injections.append((output, gradient.detach().clone(memory_format=torch.contiguous_format)))
+
+        self._taps.measure(target, see)
+        for output, injection in injections:
+            output.inject(injection, pending)
+
+
+def _log_probs(skeleton: Skeleton, workload: Workload) -> Tensor:
+    shape = (workload.rows_at_once, workload.length)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    mask = torch.ones(shape, dtype=torch.int64)
+    logits = skeleton.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    # sequence_log_probs without its look at the labels, which have no values here
+    return SequenceLogProbs.apply(logits[:, :-1], tokens[:, 1:], -100)
