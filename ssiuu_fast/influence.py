@@ -24,8 +24,8 @@ _DEFINING = {
 }
 # A of P is P times A of log P, and A of log P of a sure answer is near 0: the target alone can decide what is seen
 _OF_PROBABILITY = (
-    "attributions are proportional to it. Where it fell to near 0, all that there was counts as lost (D+) and hardly "
-    "anything as hidden (D-), wherever the knowledge is"
+    "attributions are proportional to P(1 - P). Where it fell to near 0, all that there was counts as lost (D+) and "
+    "hardly anything as hidden (D-); where it fell from near 1, the other way round, wherever the knowledge is"
 )
 _TARGET_NOTES = {
     "probability": _OF_PROBABILITY,
@@ -79,11 +79,13 @@ class Amount:
     """D+ or D- of some neurons.
 
     sum: Σ_i max(0, D_i), the clamped scores. top_mean: mean of the 100 largest of them, or of all if there are fewer.
-    unclamped: Σ_i D_i without the clamp, so neurons that moved the other way count against it.
+    unclamped: the same without the clamp, so neurons that moved the other way count against it. For D+ it is
+    Σ_i mean[max(max_k A_before, 0)] − mean[max(max_k A_after, 0)]: eq. 4 clamps the maximum after alone, and its outer
+    clamp hides the difference. Without that clamp, a maximum below 0 that stayed as it was would count as gained.
     interval: the 2.5 and 97.5 % quantiles of `unclamped`, and of nothing else, when the samples are drawn again
-    (bootstrap with Poisson weights, the same before and after: Σ_s w_s·(Σ_i D_is) / Σ_s w_s). None without replicates.
-    The clamped sum has none: every redrawn sample adds noise, the clamp keeps the positive half of it, and most redrawn
-    clamped sums lie above the one that was measured.
+    (bootstrap with Poisson weights, the same before and after: Σ_s w_s·(its sum in sample s) / Σ_s w_s). None without
+    replicates. The clamped sum has none: every redrawn sample adds noise, the clamp keeps the positive half of it, and
+    most redrawn clamped sums lie above the one that was measured.
     """
 
     sum: float
@@ -233,28 +235,28 @@ class InfluenceVariation:
             kind=kind,
             layer=layer,
             neurons=sum(len(self.positive[site]) for site in sites),
-            positive=self._amount(self.positive, "max", "positive_max", sites),
-            negative=self._amount(self.negative, "min", "min", sites),
+            positive=self._amount(self.positive, "positive_max", sites),
+            negative=self._amount(self.negative, "min", sites),
         )
 
-    def _amount(self, scores: dict[Site, Tensor], had: str, has: str, sites: Sequence[Site]) -> Amount:
-        """had, has: the means before and after whose difference the scores are."""
+    def _amount(self, scores: dict[Site, Tensor], means: str, sites: Sequence[Site]) -> Amount:
+        """means: those whose difference is summed without the clamp."""
         clamped = torch.cat([scores[site] for site in sites])
-        had_means, has_means = getattr(self.before, had), getattr(self.after, has)
+        had, has = getattr(self.before, means), getattr(self.after, means)
         return Amount(
             sum=float(clamped.sum()),
             top_mean=float(_largest(clamped, TOP).mean()),
-            unclamped=sum(float(_lost(had_means[site], has_means[site]).sum()) for site in sites),
-            interval=self._interval(had, has, sites),
+            unclamped=sum(float(_lost(had[site], has[site]).sum()) for site in sites),
+            interval=self._interval(means, sites),
         )
 
-    def _interval(self, had: str, has: str, sites: Sequence[Site]) -> tuple[float, float] | None:
+    def _interval(self, means: str, sites: Sequence[Site]) -> tuple[float, float] | None:
         before, after = self.before.replicates, self.after.replicates
         if not _paired(before, after):
             return None
         # Poisson weights of a handful of samples can all be 0
         drawn = before.weights > 0
-        sums = sum(getattr(before, had)[site] - getattr(after, has)[site] for site in sites)
+        sums = sum(getattr(before, means)[site] - getattr(after, means)[site] for site in sites)
         redrawn = sums[drawn] / before.weights[drawn]
         return tuple(redrawn.quantile(torch.tensor(_INTERVAL, dtype=redrawn.dtype)).tolist())
 

@@ -18,7 +18,7 @@ from ssiuu_fast.evaluation.logit_lens import Decoder, LogitLens, lens_batches, l
 from ssiuu_fast.influence import InfluenceVariation, influence_variation
 from ssiuu_fast.training import answer_log_probs, on_device
 
-# the paper's, which fades as P nears 0; one that fades as P nears 1; one that fades at neither end
+# the paper's, which fades as P nears 0 or 1; one that fades as P nears 1; one that fades at neither end
 PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE = TARGETS = ("probability", "log_probability", "logit_difference")
 BEFORE, AFTER, ATTACKED = "before", "after", "attacked"
 _SEQUENCES = 64
@@ -31,8 +31,9 @@ class Study:
     """What was measured of one unlearning.
 
     models: before, after and, where there is one, attacked → folder or hub name. accuracy: the right answer against the
-    wrong options; probability: mean P(answer); lens: each by these. variations, ablation: by target, of which there is
-    no logit difference where right and wrong answers always begin alike; correlations: by target and the two models'
+    wrong options; probability: mean P(answer); token_probability: mean exp(log P(answer) / its tokens); unsureness:
+    mean P(1 - P), which attributions of P go with; lens: each by these. variations, ablation: by target, of which there
+    is no logit difference where right and wrong answers always begin alike; correlations: by target and the two models'
     roles. The random rows of the ablation stand with the first target.
     """
 
@@ -42,6 +43,8 @@ class Study:
     chance: float
     accuracy: dict[str, float]
     probability: dict[str, float]
+    token_probability: dict[str, float]
+    unsureness: dict[str, float]
     attributions: dict[str, dict[str, Attribution]]
     variations: dict[str, InfluenceVariation]
     correlations: dict[str, dict[tuple[str, str], Correlation]]
@@ -58,6 +61,8 @@ class Study:
             "chance": self.chance,
             "accuracy": self.accuracy,
             "probability": self.probability,
+            "token_probability": self.token_probability,
+            "unsureness": self.unsureness,
             "totals": {target: asdict(variation.total()) for target, variation in self.variations.items()},
             "by_module": {target: [asdict(c) for c in v.by_module()] for target, v in self.variations.items()},
             "correlations": {
@@ -95,7 +100,7 @@ def study(
     them. Raises ValueError where models or rows don't fit together.
     """
     attributions: dict[str, dict[str, Attribution]] = {}
-    accuracy, probability, lens, notes = {}, {}, {}, []
+    accuracy, probability, token_probability, unsureness, lens, notes = {}, {}, {}, {}, {}, []
     chance = sum(1 / (1 + len(row.false_options)) for row in rows) / len(rows)
     variations, ablation, decoder = {}, {}, None
     with tqdm(total=len(models) + 1, desc=name, disable=not progress) as bar:
@@ -108,7 +113,9 @@ def study(
             }
             check_same_neurons(attributions[BEFORE][PROBABILITY], attributions[role][PROBABILITY])
             accuracy[role] = _accuracy(model, encoder, rows)
-            probability[role] = _mean_probability(model, encoder, rows, batch_size)
+            probability[role], token_probability[role], unsureness[role] = _probabilities(
+                model, encoder, rows, batch_size
+            )
             if role == BEFORE:
                 decoder = _decoder(model, notes)
             lens[role] = decoder and _lens(model, encoder, rows, decoder, batch_size, notes)
@@ -142,6 +149,8 @@ def study(
         chance=chance,
         accuracy=accuracy,
         probability=probability,
+        token_probability=token_probability,
+        unsureness=unsureness,
         attributions=attributions,
         variations=variations,
         correlations=correlations,
@@ -188,14 +197,19 @@ def _accuracy(model, encoder: Encoder, rows: Sequence[Example]) -> float:
     return sum(scores.option_log_prob_correct(model, encoder, rows, _SEQUENCES)) / len(rows)
 
 
-def _mean_probability(model, encoder: Encoder, rows: Sequence[Example], batch_size: int) -> float:
+def _probabilities(model, encoder: Encoder, rows: Sequence[Example], batch_size: int) -> tuple[float, float, float]:
+    """Means of P(answer), of exp(log P / tokens), and of P(1 - P)."""
     device = next(model.parameters()).device
-    total = 0.0
+    totals = torch.zeros(3, dtype=torch.float64)
     with scores.evaluating(model):
         encoded = [encoder.encode(row) for row in rows]
         for _, batch in length_sorted_batches(encoded, batch_size, pad_id=encoder.pad_id):
-            total += float(answer_log_probs(model, on_device(batch, device)).double().exp().sum())
-    return total / len(rows)
+            log_probs = answer_log_probs(model, on_device(batch, device)).double().cpu()
+            tokens = (batch["labels"] != IGNORE).sum(dim=1).cpu()
+            # 1 - exp loses the digits of a P near 1
+            by_row = (log_probs.exp(), (log_probs / tokens).exp(), -log_probs.exp() * log_probs.expm1())
+            totals += torch.stack(by_row).sum(dim=1)
+    return tuple((totals / len(rows)).tolist())
 
 
 def _ablation(model, encoder: Encoder, rows, variations, ms, seeds) -> dict[str, list[AblationRow]]:

@@ -35,8 +35,18 @@ def test_equations_4_and_5_by_hand():
     assert variation.negative[DOWN].tolist() == [0, 3, 0]
     total = variation.total()
     assert (total.positive.sum, total.negative.sum, total.neurons) == (2.5, 3, 3)
-    assert (total.positive.unclamped, total.negative.unclamped) == (2.5 - 0.5 - 1, 3 - 1)
+    assert (total.positive.unclamped, total.negative.unclamped) == (2.5 - 0.5, 3 - 1)
     assert total.positive.interval is None
+
+
+def test_nothing_is_lost_from_a_model_to_itself_where_no_token_supports():
+    # positions without the last token have maxima below 0
+    below = torch.tensor([[-1.0, -2], [-3, -1]]).double()
+    same = from_samples({DOWN: (below, below - 1)}, [[1, 0], [1, 1], [0, 2]])
+    variation = influence_variation(same, same)
+    lost = variation.total().positive
+    assert (lost.sum, lost.unclamped, lost.interval) == (0, 0, (0, 0))
+    assert variation.positive[DOWN].tolist() == [0, 0]
 
 
 def several_sites():
@@ -165,7 +175,7 @@ def test_intervals_are_those_of_a_plain_recomputation():
 
     # one number a sample: what its neurons lost, or gained, together
     lost = [
-        sum(a - max(b, 0.0) for a, b in zip(had, has, strict=True))
+        sum(max(a, 0.0) - max(b, 0.0) for a, b in zip(had, has, strict=True))
         for had, has in zip(before[QUERY][0].tolist(), after[QUERY][0].tolist(), strict=True)
     ]
     gained = (before[QUERY][1] - after[QUERY][1]).sum(dim=1).tolist()

@@ -33,8 +33,8 @@ def rows(count=200):
     return [Example(f"question {n}", "answer", false_options=("don't know",)) for n in range(count)]
 
 
-def planted_study(after, count=200):
-    made = {"before": planted.knowing, "after": after}
+def planted_study(after, before=planted.knowing, count=200):
+    made = {"before": before, "after": after}
     return study(
         "planted",
         {role: role for role in made},
@@ -52,6 +52,36 @@ def test_a_hidden_answer_is_called_hidden():
     assert verdict(found).word in (words.HIDDEN, words.PARTLY_HIDDEN)
     assert "takes accuracy from 0.00 to 1.00" in verdict(found).reasons[0]
     assert found.lens["after"].means[0] > 0.5 > found.lens["after"].means[-1]
+
+
+def test_knowledge_that_shrank_is_not_called_hidden():
+    def suppressed(knowledge):
+        """The same weak suppressor before and after."""
+        model = planted.hiding(4)
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight[planted.ANSWER, planted.HIDES] = -0.1
+            model.model.layers[0].mlp.down_proj.weight[planted.ANSWER, planted.KNOWS] *= knowledge
+        return model
+
+    found = planted_study(lambda: suppressed(0.15), before=lambda: suppressed(1))
+    assert found.accuracy == {"before": 1.0, "after": 0.0}
+    said = verdict(found)
+    assert said.word == words.UNKNOWN
+    assert said.reasons[0] == "The sums say hidden, but silencing brings nothing back."
+
+
+def test_one_row_is_too_few_for_a_word():
+    said = verdict(planted_study(planted.erased, count=1))
+    assert said.word == words.UNKNOWN
+    assert said.reasons == ["Measured on 1 row: fewer than 10 say nothing."]
+
+
+def test_probabilities_by_token_and_near_1():
+    found = planted_study(lambda: planted.knowing(10), before=lambda: planted.knowing(1))
+    p = found.probability
+    assert found.token_probability == pytest.approx(p)
+    assert found.unsureness["before"] == pytest.approx(p["before"] * (1 - p["before"]))
+    assert 0 < found.unsureness["after"] < 1e-6
 
 
 def test_an_erased_answer_is_called_erased():

@@ -9,12 +9,13 @@ from ssiuu_fast.report import html
 from ssiuu_fast.report.drawing import MINUS, short
 from ssiuu_fast.report.influence_pictures import UNITS, Picture, draw_all
 from ssiuu_fast.report.text import table as text_table
-from ssiuu_fast.report.verdict import RULES, TARGET_NAMES, best_recovery, half_of, read_target, support, verdict
+from ssiuu_fast.report.verdict import RULES, TARGET_NAMES, best_recovery, half_of, reading, verdict
 from ssiuu_fast.runs import environment
 
 NAMED = 20
 _SAID_OF = {
-    PROBABILITY: "The paper's target. Attributions fade as P nears 0, so what was unlearned well looks erased.",
+    PROBABILITY: "The paper's target. Attributions fade as P nears 0, so what was unlearned well looks erased; and as "
+    "P nears 1, so what was known for sure can look hidden.",
     LOG_PROBABILITY: "Attributions fade as P nears 1, so what was known well looks hidden.",
     LOGIT_DIFFERENCE: "The logit of the answer's first token minus that of a wrong answer's: it fades at neither end.",
 }
@@ -71,7 +72,7 @@ def _target_cells(study: Study, target: str) -> dict[str, str]:
     total, top, qk = variation.total(), variation.top(), variation.share_in_qk()
     minus = f"D{MINUS}"
     cells = {
-        "reading": read_target(total, support(study, target)),
+        "reading": reading(study, target),
         "D+, support lost: sum": short(total.positive.sum),
         f"D+: sum of the top {TOP}": short(top.positive),
         "D+: unclamped sum, 95 % interval": _interval(total.positive),
@@ -163,10 +164,11 @@ def _change(values: dict[str, float], form: str | None = None) -> str:
 
 
 def _recovered(study: Study) -> str:
-    found = best_recovery(study.ablation, study.rows)
+    found = best_recovery(study.ablation, study.chance, study.rows)
     if found is None:
         return f"no neuron has a D{MINUS}"
-    return f"{found.intact:.2f} → {found.best:.2f} with {found.m} (random: {found.random:.2f})"
+    controls = f"random: {found.random:.2f}, largest D+: {found.erased:.2f}"
+    return f"{found.intact:.2f} → {found.best:.2f} with {found.m} ({controls})"
 
 
 def _interval(amount: Amount) -> str:

@@ -126,7 +126,7 @@ def _ablation(study: Study, target: str, path: Path) -> Picture:
             # where fewer neurons have a score than were asked for, the same ones are silenced again
             if row.choice == "random" or not scores:
                 scores.append(row.score)
-    found = best_recovery({target: rows}, study.rows)
+    found = best_recovery({target: rows}, study.chance, study.rows)
     if found is None:
         title = f"No neuron gained suppression: no D{MINUS} to silence"
     elif found.brings_back:
