@@ -229,8 +229,8 @@ def influence(options: InfluenceOptions) -> None:
         lambda place: _load_from(place, options),
         positions=options.positions,
         batch_size=options.batch_size,
+        folder=run.path,
     )
-    found.save(run.path)
     run.write_json("results.json", found.as_dict())
     page = write_page([found], run.path, "Erased or hidden?")
     text = study_text([found])

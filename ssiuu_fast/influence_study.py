@@ -21,7 +21,6 @@ from ssiuu_fast.training import answer_log_probs, on_device
 # the paper's, which fades as P nears 0; one that fades as P nears 1; one that fades at neither end
 PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE = TARGETS = ("probability", "log_probability", "logit_difference")
 BEFORE, AFTER, ATTACKED = "before", "after", "attacked"
-_SEQUENCES = 64
 
 Load = Callable[[str], tuple[torch.nn.Module, Encoder]]
 
@@ -69,12 +68,6 @@ class Study:
             "notes": self.notes,
         }
 
-    def save(self, folder: Path) -> None:
-        """The attributions as safetensors: <model>-<target>.safetensors."""
-        for role, by_target in self.attributions.items():
-            for target, attribution in by_target.items():
-                attribution.save(folder / f"{role}-{target}.safetensors")
-
 
 def study(
     name: str,
@@ -86,13 +79,15 @@ def study(
     batch_size: int = 8,
     ms: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    folder: Path | None = None,
     progress: bool = True,
 ) -> Study:
     """Measures what an unlearning did to the neurons that answer `rows`, one model in memory at a time.
 
     models: before, after and perhaps attacked → what load takes. rows: all with false options (`with_options`).
-    batch_size: rows at once in an attribution. ms: how many neurons are silenced; None is 1, 3, 10, … up to a tenth of
-    them. Raises ValueError where models or rows don't fit together.
+    batch_size: sequences at once: rows, or the options of rows where accuracy is taken. ms: how many neurons are
+    silenced; None is 1, 3, 10, … up to a tenth of them. folder: where each model's attributions are saved as soon as
+    they are made, as <model>-<target>.safetensors. Raises ValueError where models or rows don't fit together.
     """
     attributions: dict[str, dict[str, Attribution]] = {}
     accuracy, probability, lens, notes = {}, {}, {}, []
@@ -106,8 +101,11 @@ def study(
                 target: attribute(model, batches, target=target, positions=positions)
                 for target, batches in _batches(encoder, rows, batch_size).items()
             }
+            if folder is not None:
+                # what comes after may fail, and these took longest
+                _save(role, attributions[role], folder)
             check_same_neurons(attributions[BEFORE][PROBABILITY], attributions[role][PROBABILITY])
-            accuracy[role] = _accuracy(model, encoder, rows)
+            accuracy[role] = _accuracy(model, encoder, rows, batch_size)
             probability[role] = _mean_probability(model, encoder, rows, batch_size)
             if role == BEFORE:
                 decoder = _decoder(model, notes)
@@ -119,7 +117,7 @@ def study(
                     target: influence_variation(attributions[BEFORE][target], attributions[AFTER][target])
                     for target in attributions[AFTER]
                 }
-                ablation = _ablation(model, encoder, rows, variations, ms, seeds)
+                ablation = _ablation(model, encoder, rows, batch_size, variations, ms, seeds)
                 bar.update()
             del model
     pairs = [(BEFORE, AFTER), *([(AFTER, ATTACKED), (BEFORE, ATTACKED)] if ATTACKED in models else [])]
@@ -172,6 +170,11 @@ def with_options(rows: Sequence[Example], others: Sequence[Example] | None = Non
     return filled
 
 
+def _save(role: str, by_target: dict[str, Attribution], folder: Path) -> None:
+    for target, attribution in by_target.items():
+        attribution.save(folder / f"{role}-{target}.safetensors")
+
+
 def _batches(encoder: Encoder, rows: Sequence[Example], batch_size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What `attribute` is to read for each target: all rows, or those whose logit difference isn't 0 anyway."""
     whole = list(lens_batches(encoder, rows, batch_size=batch_size))
@@ -184,8 +187,8 @@ def _batches(encoder: Encoder, rows: Sequence[Example], batch_size: int) -> dict
     return {PROBABILITY: whole, LOG_PROBABILITY: whole} | ({LOGIT_DIFFERENCE: apart} if apart else {})
 
 
-def _accuracy(model, encoder: Encoder, rows: Sequence[Example]) -> float:
-    return sum(scores.option_log_prob_correct(model, encoder, rows, _SEQUENCES)) / len(rows)
+def _accuracy(model, encoder: Encoder, rows: Sequence[Example], batch_size: int) -> float:
+    return sum(scores.option_log_prob_correct(model, encoder, rows, batch_size)) / len(rows)
 
 
 def _mean_probability(model, encoder: Encoder, rows: Sequence[Example], batch_size: int) -> float:
@@ -198,13 +201,13 @@ def _mean_probability(model, encoder: Encoder, rows: Sequence[Example], batch_si
     return total / len(rows)
 
 
-def _ablation(model, encoder: Encoder, rows, variations, ms, seeds) -> dict[str, list[AblationRow]]:
+def _ablation(model, encoder: Encoder, rows, batch_size: int, variations, ms, seeds) -> dict[str, list[AblationRow]]:
     ms = log_grid(max(1, next(iter(variations.values())).neurons // 10)) if ms is None else ms
     found = {}
     for target, variation in variations.items():
         found[target] = ablation_check(
             model,
-            lambda silenced: _accuracy(silenced, encoder, rows),
+            lambda silenced: _accuracy(silenced, encoder, rows, batch_size),
             variation,
             ms,
             # random neurons are the same ones whatever the target

@@ -33,7 +33,7 @@ def rows(count=200):
     return [Example(f"question {n}", "answer", false_options=("don't know",)) for n in range(count)]
 
 
-def planted_study(after, count=200):
+def planted_study(after, count=200, batch_size=64, **settings):
     made = {"before": planted.knowing, "after": after}
     return study(
         "planted",
@@ -41,8 +41,9 @@ def planted_study(after, count=200):
         rows(count),
         lambda place: (made[place](), OneQuestion()),
         ms=(1,),
-        batch_size=64,
+        batch_size=batch_size,
         progress=False,
+        **settings,
     )
 
 
@@ -63,6 +64,28 @@ def test_an_erased_answer_is_called_erased():
 
 def test_nothing_done_is_called_that():
     assert verdict(planted_study(planted.knowing)).word == words.UNCHANGED
+
+
+def test_attributions_are_saved_before_anything_can_fail(tmp_path):
+    def broken():
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        planted_study(broken, folder=tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {f"before-{target}.safetensors" for target in TARGETS}
+    assert Attribution.load(tmp_path / "before-probability.safetensors").samples == 200
+
+
+def test_no_more_sequences_at_once_than_the_batch_size():
+    sizes = []
+
+    def counted(build):
+        model = build()
+        model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        return model
+
+    planted_study(lambda: counted(planted.hiding), count=10, batch_size=3)
+    assert max(sizes) == 3
 
 
 def test_every_row_gets_something_wrong_to_be_told_from():
