@@ -26,7 +26,7 @@ from ssiuu_fast.experiment import (
     teach,
     tofu_task,
 )
-from ssiuu_fast.influence_study import study, with_options
+from ssiuu_fast.influence_study import notes_on_options, study, with_options
 from ssiuu_fast.options import (
     AttackOptions,
     DemoOptions,
@@ -213,23 +213,24 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def influence(options: InfluenceOptions) -> None:
     """See whether an unlearning erased or hid, where, and by which neurons: a table and a page."""
-    rows = load_examples(options.data)
-    rows = with_options(rows, load_examples(options.distractors) if options.distractors else None)
+    given = load_examples(options.data)
+    rows = with_options(given, load_examples(options.distractors) if options.distractors else None)
     places = {"before": options.before, "after": options.after, "attacked": options.attacked}
     places = {role: place for role, place in places.items() if place is not None}
     _refuse_other_tokens(places, rows, options)
     run = RunFolder.create(options.output, "influence", asdict(options))
     disable_progress_bar()
-    after = Path(options.after)
+    after = Path(options.after).resolve()
     found = study(
         # runs/unlearn-…/model goes by the name of its run
-        after.resolve().parent.name if after.name == MODEL_FOLDER else after.name,
+        after.parent.name if after.name == MODEL_FOLDER else after.name,
         places,
         rows,
         lambda place: _load_from(place, options),
         positions=options.positions,
         batch_size=options.batch_size,
         folder=run.path,
+        notes=notes_on_options(given),
     )
     run.write_json("results.json", found.as_dict())
     page = write_page([found], run.path, "Erased or hidden?")

@@ -16,6 +16,7 @@ from ssiuu_fast.data.example import Example
 from ssiuu_fast.evaluation import scores
 from ssiuu_fast.evaluation.logit_lens import Decoder, LogitLens, lens_batches, logit_lens
 from ssiuu_fast.influence import InfluenceVariation, influence_variation
+from ssiuu_fast.runs import finite_or_null
 from ssiuu_fast.training import answer_log_probs, on_device
 
 # the paper's, which fades as P nears 0; one that fades as P nears 1; one that fades at neither end
@@ -49,8 +50,11 @@ class Study:
     notes: list[str]
 
     def as_dict(self) -> dict:
-        """All numbers but the attributions and what follows from them neuron by neuron; JSON-able."""
-        return {
+        """All numbers but the attributions and what follows from them neuron by neuron; JSON-able.
+
+        None for what is undefined, such as the correlation with attributions that are all 0.
+        """
+        numbers = {
             "name": self.name,
             "models": self.models,
             "rows": self.rows,
@@ -67,6 +71,7 @@ class Study:
             "lens": {role: lens and asdict(lens) for role, lens in self.lens.items()},
             "notes": self.notes,
         }
+        return finite_or_null(numbers)
 
 
 def study(
@@ -80,6 +85,7 @@ def study(
     ms: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     folder: Path | None = None,
+    notes: Sequence[str] = (),
     progress: bool = True,
 ) -> Study:
     """Measures what an unlearning did to the neurons that answer `rows`, one model in memory at a time.
@@ -87,15 +93,18 @@ def study(
     models: before, after and perhaps attacked → what load takes. rows: all with false options (`with_options`).
     batch_size: sequences at once: rows, or the options of rows where accuracy is taken. ms: how many neurons are
     silenced; None is 1, 3, 10, … up to a tenth of them. folder: where each model's attributions are saved as soon as
-    they are made, as <model>-<target>.safetensors. Raises ValueError where models or rows don't fit together.
+    they are made, as <model>-<target>.safetensors. notes: what else there is to say of the rows. Raises ValueError
+    where models or rows don't fit together.
     """
     attributions: dict[str, dict[str, Attribution]] = {}
-    accuracy, probability, lens, notes = {}, {}, {}, []
+    accuracy, probability, lens, notes = {}, {}, {}, list(notes)
     chance = sum(1 / (1 + len(row.false_options)) for row in rows) / len(rows)
     variations, ablation, decoder = {}, {}, None
     with tqdm(total=len(models) + 1, desc=name, disable=not progress) as bar:
         for role, place in models.items():
             model, encoder = load(place)
+            if role == BEFORE:
+                notes += _cut(encoder, rows)
             bar.set_postfix_str(f"{role}: attributions")
             attributions[role] = {
                 target: attribute(model, batches, target=target, positions=positions)
@@ -170,6 +179,33 @@ def with_options(rows: Sequence[Example], others: Sequence[Example] | None = Non
     return filled
 
 
+def notes_on_options(rows: Sequence[Example]) -> list[str]:
+    """What is to be said of rows before `with_options` gives them a wrong answer: nothing where all have their own."""
+    free = sum(not row.false_options for row in rows)
+    if not free:
+        return []
+    return [
+        f"{free} of {len(rows)} rows have no options: there accuracy compares the right answer with another row's. "
+        "Log-probs are summed over an answer's tokens, so a shorter answer has an advantage whatever is known"
+    ]
+
+
+def _cut(encoder: Encoder, rows: Sequence[Example]) -> list[str]:
+    """A note where rows are too long; the encoder is to be new, since it counts what it hasn't met before."""
+    cut = 0
+    for row in rows:
+        so_far = encoder.cut_rows
+        for answer in (row.answer, *row.false_options):
+            encoder.encode(row, answer=answer)
+        cut += encoder.cut_rows > so_far
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(rows)} rows are longer than {encoder.max_length} tokens with their right or a wrong answer, "
+        "which is cut there: what lies behind is neither attributed nor scored"
+    ]
+
+
 def _save(role: str, by_target: dict[str, Attribution], folder: Path) -> None:
     for target, attribution in by_target.items():
         attribution.save(folder / f"{role}-{target}.safetensors")
@@ -228,5 +264,8 @@ def _lens(model, encoder: Encoder, rows, decoder: Decoder, batch_size: int, note
     try:
         return logit_lens(model, lens_batches(encoder, rows, batch_size=batch_size), decoder)
     except ValueError as error:
-        notes.append(f"no logit lens: {error}")
+        note = f"no logit lens: {error}"
+        # the same may be wrong with every model
+        if note not in notes:
+            notes.append(note)
         return None
