@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import planted
 import pytest
@@ -218,6 +219,21 @@ def test_models_that_read_other_tokens_are_refused(checkpoints, tmp_path, capsys
     assert main(["influence", *checkpoints, *flags]) == 1
     assert "as the same tokens" in capsys.readouterr().err
     assert not (tmp_path / "influence").exists()
+
+
+@pytest.mark.parametrize(("positions", "status"), [(8, 1), (40, 0)])
+def test_all_models_read_as_much_as_the_shortest_has_positions_for(
+    checkpoints, taught_folder, tmp_path, capsys, positions, status
+):
+    short = tmp_path / "short"
+    shutil.copytree(taught_folder, short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (short / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "influence"
+    assert main(["influence", *checkpoints, "--attacked", str(short), "--output", str(output)]) == status
+    if status:
+        assert f"{short} has 8 positions" in capsys.readouterr().err
+        assert not output.exists()
 
 
 def test_models_of_other_sizes_are_refused(checkpoints, taught, tmp_path, capsys):
