@@ -26,7 +26,7 @@ from ssiuu_fast.experiment import (
     teach,
     tofu_task,
 )
-from ssiuu_fast.influence_study import study, with_options
+from ssiuu_fast.influence_study import notes_on_options, study, with_options
 from ssiuu_fast.options import (
     AttackOptions,
     DemoOptions,
@@ -37,6 +37,7 @@ from ssiuu_fast.options import (
     UnlearnOptions,
 )
 from ssiuu_fast.planning.plan import Plan
+from ssiuu_fast.planning.skeleton import read_config
 from ssiuu_fast.references import EIGHT_BIT, StateDtype
 from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.report.influence_page import study_text, write_page
@@ -213,24 +214,25 @@ def evaluate(options: EvaluateOptions) -> None:
 
 def influence(options: InfluenceOptions) -> None:
     """See whether an unlearning erased or hid, where, and by which neurons: a table and a page."""
-    rows = load_examples(options.data)
-    rows = with_options(rows, load_examples(options.distractors) if options.distractors else None)
+    given = load_examples(options.data)
+    rows = with_options(given, load_examples(options.distractors) if options.distractors else None)
     places = {"before": options.before, "after": options.after, "attacked": options.attacked}
     places = {role: place for role, place in places.items() if place is not None}
-    _refuse_other_tokens(places, rows, options)
+    max_length = _common_length(places, rows, options)
     run = RunFolder.create(options.output, "influence", asdict(options))
     disable_progress_bar()
-    after = Path(options.after)
+    after = Path(options.after).resolve()
     found = study(
         # runs/unlearn-…/model goes by the name of its run
-        after.resolve().parent.name if after.name == MODEL_FOLDER else after.name,
+        after.parent.name if after.name == MODEL_FOLDER else after.name,
         places,
         rows,
-        lambda place: _load_from(place, options),
+        lambda place: _load_from(place, replace(options, max_length=max_length)),
         positions=options.positions,
         batch_size=options.batch_size,
+        folder=run.path,
+        notes=notes_on_options(given),
     )
-    found.save(run.path)
     run.write_json("results.json", found.as_dict())
     page = write_page([found], run.path, "Erased or hidden?")
     text = study_text([found])
@@ -293,24 +295,40 @@ def _load_from(place: str, options: UnlearnOptions | AttackOptions | EvaluateOpt
     return model, _encoder(model, tokenizer, options.style, options.max_length)
 
 
-def _refuse_other_tokens(places: dict[str, str], rows: Sequence[Example], options: InfluenceOptions) -> None:
-    """Raises ValueError where two of the models don't read the rows as the same tokens, before any model is loaded."""
-    encoders = {
-        role: Encoder(models.load_tokenizer(place), style=options.style, max_length=options.max_length)
-        for role, place in places.items()
-    }
+def _common_length(places: dict[str, str], rows: Sequence[Example], options: InfluenceOptions) -> int:
+    """How many tokens of a row all of the models are to read: none more than any of them has positions for.
+
+    Raises ValueError where a prompt is longer, or two of the models don't read the rows as the same tokens, before any
+    model is loaded.
+    """
+    tokenizers = [models.load_tokenizer(place) for place in places.values()]
+    positions = {place: _positions(read_config(place)) or options.max_length for place in places.values()}
+    shortest = min(positions, key=positions.__getitem__)
+    length = min(options.max_length, positions[shortest])
+    encoders = [Encoder(tokenizer, style=options.style, max_length=length) for tokenizer in tokenizers]
     for row in rows:
-        first, *others = (encoder.encode(row) for encoder in encoders.values())
+        try:
+            first, *others = (encoder.encode(row) for encoder in encoders)
+        except ValueError as error:
+            if length == options.max_length:
+                raise
+            raise ValueError(
+                f"{shortest} has {length} positions, and a larger max_length won't help: {error}"
+            ) from None
         if any(other != first for other in others):
             raise ValueError(
                 f"the models don't read {row.prompt[:80]!r} as the same tokens: are they of one family, with one "
                 "tokenizer and chat template? --style plain leaves templates out"
             )
+    return length
 
 
 def _encoder(model, tokenizer, style: str, max_length: int) -> Encoder:
-    positions = getattr(model.config, "max_position_embeddings", None) or max_length
-    return Encoder(tokenizer, style=style, max_length=min(max_length, positions))
+    return Encoder(tokenizer, style=style, max_length=min(max_length, _positions(model.config) or max_length))
+
+
+def _positions(config) -> int | None:
+    return getattr(config, "max_position_embeddings", None)
 
 
 def _both_scores(

@@ -26,7 +26,7 @@ from ssiuu_fast.experiment import (
     retrain_on_a_few,
     run_method,
 )
-from ssiuu_fast.influence_study import Study, study, with_options
+from ssiuu_fast.influence_study import Study, notes_on_options, study, with_options
 from ssiuu_fast.report.figures import grouped_bars
 from ssiuu_fast.report.influence_page import study_text, write_page
 from ssiuu_fast.report.text import comparison, mean_sd, table
@@ -198,6 +198,7 @@ def _study(method: str, task: Task, recipe: Recipe, folder: Path, messages) -> S
         with_options(task.split.forget),
         load,
         batch_size=INFLUENCE_BATCH,
+        notes=notes_on_options(task.split.forget),
         ms=SILENCED,
         progress=False,
     )

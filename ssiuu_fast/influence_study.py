@@ -16,12 +16,12 @@ from ssiuu_fast.data.example import Example
 from ssiuu_fast.evaluation import scores
 from ssiuu_fast.evaluation.logit_lens import Decoder, LogitLens, lens_batches, logit_lens
 from ssiuu_fast.influence import InfluenceVariation, influence_variation
+from ssiuu_fast.runs import finite_or_null
 from ssiuu_fast.training import answer_log_probs, on_device
 
 # the paper's, which fades as P nears 0 or 1; one that fades as P nears 1; one that fades at neither end
 PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE = TARGETS = ("probability", "log_probability", "logit_difference")
 BEFORE, AFTER, ATTACKED = "before", "after", "attacked"
-_SEQUENCES = 64
 
 Load = Callable[[str], tuple[torch.nn.Module, Encoder]]
 
@@ -53,8 +53,11 @@ class Study:
     notes: list[str]
 
     def as_dict(self) -> dict:
-        """All numbers but the attributions and what follows from them neuron by neuron; JSON-able."""
-        return {
+        """All numbers but the attributions and what follows from them neuron by neuron; JSON-able.
+
+        None for what is undefined, such as the correlation with attributions that are all 0.
+        """
+        numbers = {
             "name": self.name,
             "models": self.models,
             "rows": self.rows,
@@ -73,12 +76,7 @@ class Study:
             "lens": {role: lens and asdict(lens) for role, lens in self.lens.items()},
             "notes": self.notes,
         }
-
-    def save(self, folder: Path) -> None:
-        """The attributions as safetensors: <model>-<target>.safetensors."""
-        for role, by_target in self.attributions.items():
-            for target, attribution in by_target.items():
-                attribution.save(folder / f"{role}-{target}.safetensors")
+        return finite_or_null(numbers)
 
 
 def study(
@@ -91,28 +89,37 @@ def study(
     batch_size: int = 8,
     ms: Sequence[int] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
+    folder: Path | None = None,
+    notes: Sequence[str] = (),
     progress: bool = True,
 ) -> Study:
     """Measures what an unlearning did to the neurons that answer `rows`, one model in memory at a time.
 
     models: before, after and perhaps attacked → what load takes. rows: all with false options (`with_options`).
-    batch_size: rows at once in an attribution. ms: how many neurons are silenced; None is 1, 3, 10, … up to a tenth of
-    them. Raises ValueError where models or rows don't fit together.
+    batch_size: sequences at once: rows, or the options of rows where accuracy is taken. ms: how many neurons are
+    silenced; None is 1, 3, 10, … up to a tenth of them. folder: where each model's attributions are saved as soon as
+    they are made, as <model>-<target>.safetensors. notes: what else there is to say of the rows. Raises ValueError
+    where models or rows don't fit together.
     """
     attributions: dict[str, dict[str, Attribution]] = {}
-    accuracy, probability, token_probability, unsureness, lens, notes = {}, {}, {}, {}, {}, []
+    accuracy, probability, token_probability, unsureness, lens, notes = {}, {}, {}, {}, {}, list(notes)
     chance = sum(1 / (1 + len(row.false_options)) for row in rows) / len(rows)
     variations, ablation, decoder = {}, {}, None
     with tqdm(total=len(models) + 1, desc=name, disable=not progress) as bar:
         for role, place in models.items():
             model, encoder = load(place)
+            if role == BEFORE:
+                notes += _cut(encoder, rows)
             bar.set_postfix_str(f"{role}: attributions")
             attributions[role] = {
                 target: attribute(model, batches, target=target, positions=positions)
                 for target, batches in _batches(encoder, rows, batch_size).items()
             }
+            if folder is not None:
+                # what comes after may fail, and these took longest
+                _save(role, attributions[role], folder)
             check_same_neurons(attributions[BEFORE][PROBABILITY], attributions[role][PROBABILITY])
-            accuracy[role] = _accuracy(model, encoder, rows)
+            accuracy[role] = _accuracy(model, encoder, rows, batch_size)
             probability[role], token_probability[role], unsureness[role] = _probabilities(
                 model, encoder, rows, batch_size
             )
@@ -126,7 +133,7 @@ def study(
                     target: influence_variation(attributions[BEFORE][target], attributions[AFTER][target])
                     for target in attributions[AFTER]
                 }
-                ablation = _ablation(model, encoder, rows, variations, ms, seeds)
+                ablation = _ablation(model, encoder, rows, batch_size, variations, ms, seeds)
                 bar.update()
             del model
     pairs = [(BEFORE, AFTER), *([(AFTER, ATTACKED), (BEFORE, ATTACKED)] if ATTACKED in models else [])]
@@ -181,6 +188,38 @@ def with_options(rows: Sequence[Example], others: Sequence[Example] | None = Non
     return filled
 
 
+def notes_on_options(rows: Sequence[Example]) -> list[str]:
+    """What is to be said of rows before `with_options` gives them a wrong answer: nothing where all have their own."""
+    free = sum(not row.false_options for row in rows)
+    if not free:
+        return []
+    return [
+        f"{free} of {len(rows)} rows have no options: there accuracy compares the right answer with another row's. "
+        "Log-probs are summed over an answer's tokens, so a shorter answer has an advantage whatever is known"
+    ]
+
+
+def _cut(encoder: Encoder, rows: Sequence[Example]) -> list[str]:
+    """A note where rows are too long; the encoder is to be new, since it counts what it hasn't met before."""
+    cut = 0
+    for row in rows:
+        so_far = encoder.cut_rows
+        for answer in (row.answer, *row.false_options):
+            encoder.encode(row, answer=answer)
+        cut += encoder.cut_rows > so_far
+    if not cut:
+        return []
+    return [
+        f"{cut} of {len(rows)} rows are longer than {encoder.max_length} tokens with their right or a wrong answer, "
+        "which is cut there: what lies behind is neither attributed nor scored"
+    ]
+
+
+def _save(role: str, by_target: dict[str, Attribution], folder: Path) -> None:
+    for target, attribution in by_target.items():
+        attribution.save(folder / f"{role}-{target}.safetensors")
+
+
 def _batches(encoder: Encoder, rows: Sequence[Example], batch_size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
     """What `attribute` is to read for each target: all rows, or those whose logit difference isn't 0 anyway."""
     whole = list(lens_batches(encoder, rows, batch_size=batch_size))
@@ -193,8 +232,8 @@ def _batches(encoder: Encoder, rows: Sequence[Example], batch_size: int) -> dict
     return {PROBABILITY: whole, LOG_PROBABILITY: whole} | ({LOGIT_DIFFERENCE: apart} if apart else {})
 
 
-def _accuracy(model, encoder: Encoder, rows: Sequence[Example]) -> float:
-    return sum(scores.option_log_prob_correct(model, encoder, rows, _SEQUENCES)) / len(rows)
+def _accuracy(model, encoder: Encoder, rows: Sequence[Example], batch_size: int) -> float:
+    return sum(scores.option_log_prob_correct(model, encoder, rows, batch_size)) / len(rows)
 
 
 def _probabilities(model, encoder: Encoder, rows: Sequence[Example], batch_size: int) -> tuple[float, float, float]:
@@ -212,13 +251,13 @@ def _probabilities(model, encoder: Encoder, rows: Sequence[Example], batch_size:
     return tuple((totals / len(rows)).tolist())
 
 
-def _ablation(model, encoder: Encoder, rows, variations, ms, seeds) -> dict[str, list[AblationRow]]:
+def _ablation(model, encoder: Encoder, rows, batch_size: int, variations, ms, seeds) -> dict[str, list[AblationRow]]:
     ms = log_grid(max(1, next(iter(variations.values())).neurons // 10)) if ms is None else ms
     found = {}
     for target, variation in variations.items():
         found[target] = ablation_check(
             model,
-            lambda silenced: _accuracy(silenced, encoder, rows),
+            lambda silenced: _accuracy(silenced, encoder, rows, batch_size),
             variation,
             ms,
             # random neurons are the same ones whatever the target
@@ -239,5 +278,8 @@ def _lens(model, encoder: Encoder, rows, decoder: Decoder, batch_size: int, note
     try:
         return logit_lens(model, lens_batches(encoder, rows, batch_size=batch_size), decoder)
     except ValueError as error:
-        notes.append(f"no logit lens: {error}")
+        note = f"no logit lens: {error}"
+        # the same may be wrong with every model
+        if note not in notes:
+            notes.append(note)
         return None

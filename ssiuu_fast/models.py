@@ -114,17 +114,22 @@ def load_tokenizer(name):
     from transformers import AutoTokenizer
 
     _check_folder(name)
-    with _loading(str(name)):
+    remedy = "is its tokenizer there? Save it beside the model: tokenizer.save_pretrained(folder)"
+    with _loading(str(name), remedy):
         return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
 
 
 @contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str, remedy: str | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         place = "the folder" if Path(name).is_dir() else "no such local folder, and by hub name"
         raise OSError(f"can't load {name} ({place}): {error}") from error
+    except ValueError as error:
+        # transformers writes paragraphs, and doesn't say which folder it is about
+        said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ValueError(f"can't load {name}: " + (f"{remedy} ({said})" if remedy else str(error))) from error
 
 
 def default_device(name: str | None = None) -> torch.device:
@@ -151,6 +156,12 @@ def _check_folder(name) -> None:
     if not folder.is_dir():
         raise ValueError(f"{name} is a file; name the model's folder, with config.json and *.safetensors")
     files = sorted(file.name for file in folder.iterdir())
+    weights = [file for file in files if file.endswith(".safetensors") and not file.startswith("adapter_")]
+    if "adapter_config.json" in files and not ("config.json" in files and weights):
+        raise ValueError(
+            f"{name} is a PEFT adapter without its model: merge it first, model.merge_and_unload() and then "
+            "save_pretrained(folder) of the result and of the tokenizer, and name that folder"
+        )
     if "config.json" not in files:
         raise ValueError(
             f"{name} holds no config.json, so it isn't a Hugging Face model folder "

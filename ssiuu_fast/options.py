@@ -248,7 +248,7 @@ class InfluenceOptions:
         distractors: rows whose answers are the wrong ones for rows without options, same forms. Left open: those of
             data.
         positions: the tokens whose attributions count: all, prompt, answer, or no_bos for all but the first.
-        batch_size: rows at once.
+        batch_size: sequences at once: rows, or the options of rows where accuracy is taken.
         style: see unlearn.
         max_length: see unlearn.
         dtype: weights in memory; auto is the checkpoint's.

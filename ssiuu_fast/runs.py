@@ -1,6 +1,7 @@
 """A run's folder: its configuration, versions, log and results, written so that nothing is lost or overwritten."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -44,9 +45,15 @@ class RunFolder:
         return self.path / name
 
     def write_json(self, name: str, content) -> None:
-        """Replaces the file as a whole, so that a reader never sees half of it."""
+        """Replaces the file as a whole, so that a reader never sees half of it.
+
+        Numbers that are NaN or infinite become null: JSON has no word for them, and many readers refuse a file that
+        makes one up.
+        """
         temporary = self.file(f"{name}.tmp")
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(finite_or_null(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+        )
         os.replace(temporary, self.file(name))
 
     def read_json(self, name: str):
@@ -56,6 +63,15 @@ class RunFolder:
         """Appends one JSON line."""
         with self.file(name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def finite_or_null(content):
+    """The same dicts, lists and values, with None for every number that is NaN or infinite."""
+    if isinstance(content, dict):
+        return {name: finite_or_null(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite_or_null(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def environment() -> dict:

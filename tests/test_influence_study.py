@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import planted
 import pytest
@@ -12,7 +13,7 @@ from ssiuu_fast import Attribution
 from ssiuu_fast.cli import main
 from ssiuu_fast.data.collate import Encoded
 from ssiuu_fast.data.example import Example
-from ssiuu_fast.influence_study import TARGETS, study, with_options
+from ssiuu_fast.influence_study import TARGETS, notes_on_options, study, with_options
 from ssiuu_fast.report import verdict as words
 from ssiuu_fast.report.verdict import verdict
 from ssiuu_fast.training import finetune
@@ -21,8 +22,13 @@ from ssiuu_fast.training import finetune
 class OneQuestion:
     """Encodes every row as the one question that the models of planted.py know."""
 
-    pad_id = planted.PAD
-    answers = {"answer": planted.ANSWER, "other": planted.OTHER, "don't know": planted.DONT_KNOW}
+    pad_id, cut_rows = planted.PAD, 0
+    answers = {
+        "answer": planted.ANSWER,
+        "other": planted.OTHER,
+        "don't know": planted.DONT_KNOW,
+        "answer too": planted.ANSWER,
+    }
 
     def encode(self, example, answer=None):
         token = self.answers[answer or example.answer]
@@ -33,16 +39,17 @@ def rows(count=200):
     return [Example(f"question {n}", "answer", false_options=("don't know",)) for n in range(count)]
 
 
-def planted_study(after, before=planted.knowing, count=200):
+def planted_study(after, count=200, before=planted.knowing, encoder=OneQuestion, asked=None, batch_size=64, **settings):
     made = {"before": before, "after": after}
     return study(
         "planted",
         {role: role for role in made},
-        rows(count),
-        lambda place: (made[place](), OneQuestion()),
+        asked or rows(count),
+        lambda place: (made[place](), encoder()),
         ms=(1,),
-        batch_size=64,
+        batch_size=batch_size,
         progress=False,
+        **settings,
     )
 
 
@@ -95,6 +102,67 @@ def test_nothing_done_is_called_that():
     assert verdict(planted_study(planted.knowing)).word == words.UNCHANGED
 
 
+def test_attributions_are_saved_before_anything_can_fail(tmp_path):
+    def broken():
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        planted_study(broken, folder=tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {f"before-{target}.safetensors" for target in TARGETS}
+    assert Attribution.load(tmp_path / "before-probability.safetensors").samples == 200
+
+
+def test_no_more_sequences_at_once_than_the_batch_size():
+    sizes = []
+
+    def counted(build):
+        model = build()
+        model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+        return model
+
+    planted_study(lambda: counted(planted.hiding), count=10, batch_size=3)
+    assert max(sizes) == 3
+
+
+def test_what_is_undefined_is_null_in_json():
+    # nobody's P(answer) is above 0 afterwards
+    found = planted_study(lambda: planted.hiding(sure=1e4), count=10)
+    assert found.probability["after"] == 0
+    numbers = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert numbers["correlations"]["probability"]["before, after"]["pearson"] is None
+
+
+def test_cut_rows_are_told():
+    class Cutting(OneQuestion):
+        max_length = 3
+
+        def encode(self, example, answer=None):
+            self.cut_rows += example.prompt in ("question 3", "question 5")
+            return super().encode(example, answer)
+
+    notes = planted_study(planted.hiding, count=10, encoder=Cutting).notes
+    assert "2 of 10 rows are longer than 3 tokens" in notes[0]
+    assert not any("longer than" in note for note in planted_study(planted.hiding, count=10).notes)
+
+
+def test_no_lens_is_said_once():
+    def other():
+        model = planted.knowing()
+        model.config.logit_scale = 2
+        return model
+
+    assert sum("no logit lens" in note for note in planted_study(planted.erased, before=other).notes) == 1
+    alike = [Example("q", "answer", false_options=("answer too",))] * 3
+    notes = planted_study(planted.erased, asked=alike).notes
+    assert sum("no logit lens" in note for note in notes) == 1
+
+
+def test_rows_without_options_are_told_of():
+    free = [Example("a", "x"), Example("b", "y", false_options=("z",))]
+    assert "1 of 2 rows have no options" in notes_on_options(free)[0]
+    assert notes_on_options(with_options(free)) == []
+
+
 def test_every_row_gets_something_wrong_to_be_told_from():
     free = [Example("a", "x"), Example("b", "y"), Example("c", "z", false_options=("w",))]
     filled = with_options(free)
@@ -131,6 +199,7 @@ def test_the_command_prints_the_table_and_writes_the_page(checkpoints, taught_fo
     assert "run: " in printed
     assert f"page: {output / 'page.html'}" in printed
     results = json.loads((output / "results.json").read_text())
+    assert results["notes"][0].endswith("whatever is known")
     assert results["accuracy"]["before"] > results["accuracy"]["after"]
     assert results["accuracy"]["attacked"] == results["accuracy"]["before"]
     assert results["correlations"]["probability"]["before, attacked"]["pearson"] == pytest.approx(1.0)
@@ -142,6 +211,12 @@ def test_the_command_prints_the_table_and_writes_the_page(checkpoints, taught_fo
     with curves.open() as file:
         drawn = list(csv.DictReader(file))
     assert float(drawn[-1]["D+"]) == pytest.approx(results["totals"]["probability"]["positive"]["sum"])
+
+
+def test_a_folder_given_as_a_dot_has_a_name(checkpoints, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path / "run" / "model")
+    assert main(["influence", *checkpoints, "--after", ".", "--output", str(tmp_path / "influence")]) == 0
+    assert json.loads((tmp_path / "influence" / "results.json").read_text())["name"] == "run"
 
 
 @pytest.mark.parametrize(
@@ -174,6 +249,21 @@ def test_models_that_read_other_tokens_are_refused(checkpoints, tmp_path, capsys
     assert main(["influence", *checkpoints, *flags]) == 1
     assert "as the same tokens" in capsys.readouterr().err
     assert not (tmp_path / "influence").exists()
+
+
+@pytest.mark.parametrize(("positions", "status"), [(8, 1), (40, 0)])
+def test_all_models_read_as_much_as_the_shortest_has_positions_for(
+    checkpoints, taught_folder, tmp_path, capsys, positions, status
+):
+    short = tmp_path / "short"
+    shutil.copytree(taught_folder, short)
+    config = json.loads((short / "config.json").read_text()) | {"max_position_embeddings": positions}
+    (short / "config.json").write_text(json.dumps(config))
+    output = tmp_path / "influence"
+    assert main(["influence", *checkpoints, "--attacked", str(short), "--output", str(output)]) == status
+    if status:
+        assert f"{short} has 8 positions" in capsys.readouterr().err
+        assert not output.exists()
 
 
 def test_models_of_other_sizes_are_refused(checkpoints, taught, tmp_path, capsys):

@@ -26,6 +26,13 @@ def test_a_folder_is_named_by_command_and_time(tmp_path, monkeypatch):
     assert RunFolder.create(None, "attack", {}).path.match("runs/attack-20*")
 
 
+def test_json_has_no_nan(tmp_path):
+    run = RunFolder.create(tmp_path / "run", "influence", {})
+    run.write_json("results.json", {"a": [float("nan"), 1.5], "b": (float("inf"), "NaN")})
+    assert run.file("results.json").read_text("utf-8").count("null") == 2
+    assert run.read_json("results.json") == {"a": [None, 1.5], "b": [None, "NaN"]}
+
+
 def test_log_lines(tmp_path):
     run = RunFolder.create(tmp_path / "run", "unlearn", {})
     run.log("steps.jsonl", {"step": 1, "name": "ü"})

@@ -63,7 +63,9 @@ class Decoder:
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Logit of one token for each hidden state, [samples, size] and [samples] → [samples]; fp32, fp64 for fp64."""
         device = self.weight.device
-        normed = self.norm(hidden.to(device))
+        # a LayerNorm takes nothing but its own dtype, and the model that is read may be in another
+        dtype = next((parameter.dtype for parameter in self.norm.parameters()), hidden.dtype)
+        normed = self.norm(hidden.to(device, dtype))
         tokens = tokens.to(device)
         exact = torch.float64 if normed.dtype == torch.float64 else torch.float32
         logits = (normed.to(exact) * self.weight[tokens].to(exact)).sum(dim=-1)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssiuu_fast.correlation import Correlation
 from ssiuu_fast.influence import TOP, Amount
 from ssiuu_fast.influence_study import AFTER, LOG_PROBABILITY, LOGIT_DIFFERENCE, PROBABILITY, Study
 from ssiuu_fast.report import html
@@ -13,6 +14,8 @@ from ssiuu_fast.report.verdict import RULES, TARGET_NAMES, best_recovery, half_o
 from ssiuu_fast.runs import environment
 
 NAMED = 20
+# what has no value, such as a share of nothing
+UNDEFINED = "undefined"
 _SAID_OF = {
     PROBABILITY: "The paper's target. Attributions fade as P nears 0, so what was unlearned well looks erased; and as "
     "P nears 1, so what was known for sure can look hidden.",
@@ -84,7 +87,7 @@ def _target_cells(study: Study, target: str) -> dict[str, str]:
         f"neurons with half of all {minus}": f"{half_of(variation.curves().negative)} of {variation.neurons:,}",
     }
     for (one, other), found in study.correlations[target].items():
-        cells[f"Pearson, Spearman ρ: {one}, {other}"] = f"{found.pearson:.2f}, {found.spearman:.2f}"
+        cells[f"Pearson, Spearman ρ: {one}, {other}"] = _correlation(found)
     return cells
 
 
@@ -178,4 +181,9 @@ def _interval(amount: Amount) -> str:
 
 
 def _share(value: float) -> str:
-    return "–" if value != value else f"{value:.0%}"
+    return UNDEFINED if value != value else f"{value:.0%}"
+
+
+def _correlation(found: Correlation) -> str:
+    # constant attributions, such as those of answers that all have P = 0, correlate with nothing
+    return ", ".join(UNDEFINED if rho != rho else f"{rho:.2f}" for rho in (found.pearson, found.spearman))

@@ -146,8 +146,11 @@ def _ablation(study: Study, target: str, path: Path) -> Picture:
 def _hexbin(study: Study, target: str, path: Path) -> Picture:
     found = study.correlations[target][AFTER, ATTACKED]
     earlier, later = (_flat(study.attributions[role][target]) for role in (AFTER, ATTACKED))
-    moved = "hardly moved" if found.pearson >= 0.95 else "moved" if found.pearson >= 0.8 else "upset"
-    title = f"The attack {moved} the attributions: ρ {found.pearson:.2f}"
+    if found.pearson != found.pearson:
+        title = "Attributions are all alike in one of the two models: ρ is undefined"
+    else:
+        moved = "hardly moved" if found.pearson >= 0.95 else "moved" if found.pearson >= 0.8 else "upset"
+        title = f"The attack {moved} the attributions: ρ {found.pearson:.2f}"
     path = _file(path, "attacked")
     figures.attribution_hexbin(
         path,

@@ -135,6 +135,16 @@ def test_the_decoder_stays_that_of_the_original_model():
     assert logit_lens(model, [rows], Decoder(model)).means != plain
 
 
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize(("before", "after"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_the_original_may_be_in_another_dtype(build, before, after):
+    model = build().eval()
+    rows, _, _ = rows_with_distractors()
+    exact = logit_lens(model, [rows], Decoder(model)).means
+    decoder = Decoder(model.to(before))
+    assert logit_lens(model.to(after), [rows], decoder).means == pytest.approx(exact, abs=0.03)
+
+
 def test_modes_and_hooks_are_as_they_were():
     model = tiny_llama()
     rows, _, _ = rows_with_distractors()

@@ -110,6 +110,16 @@ def test_one_study_without_an_attack(tmp_path, layers):
     assert page.tags.count("svg") == 9
 
 
+def test_where_p_vanished_correlations_and_shares_are_undefined(tmp_path):
+    study = made_up(after=(0.0, 0.0), attacked=(0.0, 0.0), accuracy=(0.9, 0.3, 0.3))
+    text = write_page([study], tmp_path, "t").read_text(encoding="utf-8")
+    assert "nan" not in stands_on_its_own(text).text.split()
+    rows = {row[0]: row[1:] for row in verdict_table([study])[1]}
+    assert rows["Pearson, Spearman ρ: before, after"] == ["undefined, undefined"]
+    assert rows["share of D− in Q and K"] == ["undefined"]
+    assert "ρ is undefined" in text
+
+
 def test_the_table_has_a_column_for_each_study(written):
     studies, _ = written
     header, rows = verdict_table(studies)
