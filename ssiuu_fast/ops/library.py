@@ -177,7 +177,7 @@ def _mark_results(ctx, inputs, output):
 
 
 def _no_backward(ctx, *gradients):
-    raise NotImplementedError("the operators of ssiuu_fast can't be differentiated")
+    raise RuntimeError("the operators of ssiuu_fast can't be differentiated")
 
 
 # without these, results would ask for a backward that there isn't wherever an input requires grad
