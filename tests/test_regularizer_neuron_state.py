@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from live_memory import LiveMemory
 from neurons import IDS, move, neurons
 from plain_neurons import PlainNeurons
 from steps import assert_close, gradients, step
 from tiny import batch, log_probs_of, tiny_llama
 
 from ssiuu_fast import SSIUURegularizer, answer_token_counts, neuron_references
+from ssiuu_fast.planning.live_memory import LiveMemory
 
 
 @pytest.mark.parametrize("reference", ["previous", "initial"])

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from live_memory import LiveMemory
 from neurons import IDS, WEIGHT, Residual, move, neurons
 from plain_neurons import PlainNeurons
 from steps import assert_close, gradients, step
 from tiny import batch, log_probs_of, tiny_gpt2, tiny_llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssiuu_fast.planning.live_memory import LiveMemory
 
 
 def test_other_forward_passes_go_through_untouched():

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from live_memory import LiveMemory
 
 from ssiuu_fast.planning.dry_run import Workload, attribution, unlearning_step
+from ssiuu_fast.planning.live_memory import LiveMemory
 from ssiuu_fast.planning.skeleton import Skeleton, llama_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
