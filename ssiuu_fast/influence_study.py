@@ -16,8 +16,9 @@ from ssiuu_fast.data.example import Example
 from ssiuu_fast.evaluation import scores
 from ssiuu_fast.evaluation.logit_lens import Decoder, LogitLens, lens_batches, logit_lens
 from ssiuu_fast.influence import InfluenceVariation, influence_variation
+from ssiuu_fast.objectives.log_probs import answer_log_probs
 from ssiuu_fast.runs import finite_or_null
-from ssiuu_fast.training import answer_log_probs, on_device
+from ssiuu_fast.training import on_device
 
 # the paper's, which fades as P nears 0 or 1; one that fades as P nears 1; one that fades at neither end
 PROBABILITY, LOG_PROBABILITY, LOGIT_DIFFERENCE = TARGETS = ("probability", "log_probability", "logit_difference")

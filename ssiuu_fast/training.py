@@ -7,8 +7,8 @@ from torch import nn
 from tqdm import tqdm
 
 from ssiuu_fast.data.collate import Encoded, collate
-from ssiuu_fast.objectives.log_probs import nll_per_token
-from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs
+from ssiuu_fast.objectives.log_probs import answer_log_probs, nll_per_token
+from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
 from ssiuu_fast.sampling import epoch_batches
 
 CLIP_NORM = 1.0
@@ -29,12 +29,6 @@ def clip(model: nn.Module) -> float:
 
 def on_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def answer_log_probs(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B] log-probabilities of a batch's answers, with their graph."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    return sequence_log_probs(logits, batch["labels"])
 
 
 def finetune(

@@ -9,12 +9,14 @@ from torch import nn
 from tqdm import tqdm
 
 from ssiuu_fast.data.collate import Encoded, collate
-from ssiuu_fast.objectives.log_probs import OBJECTIVES, Objective
+from ssiuu_fast.objectives import make_objective
+from ssiuu_fast.objectives.log_probs import answer_log_probs
+from ssiuu_fast.objectives.objective import ForgetBatch, Objective, Totals
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
 from ssiuu_fast.regularizer import SSIUURegularizer
 from ssiuu_fast.sampling import epoch_batches, steps_per_epoch, wrapping_batch
 from ssiuu_fast.share import too_small
-from ssiuu_fast.training import answer_log_probs, clip, new_optimizer, on_device
+from ssiuu_fast.training import clip, new_optimizer, on_device
 
 
 @dataclass
@@ -91,12 +93,10 @@ def unlearn(
     Raises ValueError for an unknown objective, an empty forget set, an objective without the retain rows it needs, or
     micro-batches that the regulariser can't take.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; known: {', '.join(OBJECTIVES)}")
-    terms = OBJECTIVES[objective]
+    terms = make_objective(objective)
     if not forget:
         raise ValueError("the forget set is empty")
-    if terms.retain is not None and not retain:
+    if terms.needs_retain and not retain:
         raise ValueError(f"{terms.name} needs retain rows and there are none: give a retain set, or use objective 'ga'")
     split = micro_batch_size is not None and micro_batch_size < batch_size
     if split and regularizer is not None and not regularizer.takes_micro_batches:
@@ -171,7 +171,7 @@ class _Stepper:
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         row = {"step": number + 1, "forget_nll": self._forget(number)}
-        if self.terms.retain is not None:
+        if self.terms.needs_retain:
             row["retain_nll"] = self._retain(number)
         if self.regularizer is not None and self.regularizer.relative_weight is not None:
             self.regularizer.after_backward()
@@ -196,10 +196,11 @@ class _Stepper:
         return answer_log_probs(self.model, batch), answer_token_counts(batch["labels"]), torch.tensor(indices)
 
     def _forget(self, number: int) -> float:
-        parts, sample_ids, tokens = self._micro_batches(self.forget, self.seed, number)
+        parts, sample_ids, totals = self._micro_batches(self.forget, self.seed, number)
         total = 0.0
         for index, part in enumerate(parts):
-            log_probs = answer_log_probs(self.model, part)
+            batch = ForgetBatch(part, samples=len(part["labels"]))
+            loss, log_probs = self.terms.forget_loss(self.model, batch, totals)
             if not log_probs.isfinite().all():
                 raise FloatingPointError("a log-probability of the forget batch is not a number")
             if self.regularizer is not None:
@@ -207,25 +208,26 @@ class _Stepper:
                 self.regularizer.backward(
                     log_probs, last=index == len(parts) - 1, token_counts=counts, sample_ids=sample_ids[index]
                 )
-            self.terms.forget(log_probs, tokens).backward()
+            loss.backward()
             total -= log_probs.detach().sum().item()
-        return total / tokens
+        return total / totals.tokens
 
     def _retain(self, number: int) -> float:
         # another stream of draws than the forget rows
-        parts, _, tokens = self._micro_batches(self.retain, self.seed + 500_000, number)
+        parts, _, totals = self._micro_batches(self.retain, self.seed + 500_000, number)
         total = 0.0
         for part in parts:
-            log_probs = answer_log_probs(self.model, part)
-            self.terms.retain(log_probs, tokens).backward()
-            total -= log_probs.detach().sum().item()
-        return total / tokens
+            loss = self.terms.retain_loss(self.model, part, totals)
+            loss.backward()
+            total += loss.item()
+        return total
 
     def _micro_batches(self, rows, seed: int, number: int):
-        """The batches, the indices of their rows, and the answer tokens of all."""
+        """The batches, the indices of their rows, and what all hold together."""
         indices = torch.tensor(wrapping_batch(len(rows), self.batch_size, seed, number)).split(self.micro_batch_size)
         parts = [on_device(collate([rows[index] for index in some.tolist()]), self.device) for some in indices]
-        return parts, indices, sum(int(answer_token_counts(part["labels"]).sum()) for part in parts)
+        tokens = sum(int(answer_token_counts(part["labels"]).sum()) for part in parts)
+        return parts, indices, Totals(samples=sum(map(len, indices)), tokens=tokens)
 
 
 class _Best:

@@ -1,25 +1,18 @@
-"""Unlearning objectives as functions of the answers' log-probabilities (METHOD, "Baselines, exact forms").
+"""Objectives that are functions of the answers' log-probabilities (METHOD, "Baselines, exact forms")."""
 
-Each is a forget term plus, where it has one, a retain term; both are written for one micro-batch and a number of answer
-tokens counted over the whole step, so that the sum over micro-batches is the objective.
-"""
-
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-# (log-probs [B] of one micro-batch, answer tokens of the whole step) -> scalar
-Term = Callable[[Tensor, int], Tensor]
+from ssiuu_fast.objectives.objective import ForgetBatch, Objective, Totals
+from ssiuu_fast.ops.sequence_log_probs import sequence_log_probs
 
 
-@dataclass(frozen=True)
-class Objective:
-    """name as in the literature; retain None: only the forget set is used."""
-
-    name: str
-    forget: Term
-    retain: Term | None
+def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """[B] log-probabilities of a batch's answers, with their graph."""
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    return sequence_log_probs(logits, inputs["labels"])
 
 
 def nll_per_token(log_probs: Tensor, tokens: int) -> Tensor:
@@ -27,14 +20,24 @@ def nll_per_token(log_probs: Tensor, tokens: int) -> Tensor:
     return -log_probs.sum() / tokens
 
 
-def ascent(log_probs: Tensor, tokens: int) -> Tensor:
-    """−NLL_tok: minimising it makes the answers less likely."""
-    return -nll_per_token(log_probs, tokens)
+@dataclass
+class GradientAscent(Objective):
+    """−NLL_tok(forget): minimising it makes the answers less likely."""
+
+    name: ClassVar[str] = "GA"
+    needs_retain: ClassVar[bool] = False
+
+    def forget_loss(self, model: nn.Module, batch: ForgetBatch, totals: Totals) -> tuple[Tensor, Tensor]:
+        log_probs = answer_log_probs(model, batch.inputs)
+        return -nll_per_token(log_probs, totals.tokens), log_probs
 
 
-OBJECTIVES = {
-    # gradient ascent
-    "ga": Objective("GA", forget=ascent, retain=None),
-    # gradient difference, the paper's backbone (γ = α = 1)
-    "gd": Objective("GD", forget=ascent, retain=nll_per_token),
-}
+@dataclass
+class GradientDifference(GradientAscent):
+    """−NLL_tok(forget) + NLL_tok(retain), the paper's backbone (γ = α = 1)."""
+
+    name: ClassVar[str] = "GD"
+    needs_retain: ClassVar[bool] = True
+
+    def retain_loss(self, model: nn.Module, inputs: dict[str, Tensor], totals: Totals) -> Tensor:
+        return nll_per_token(answer_log_probs(model, inputs), totals.tokens)
