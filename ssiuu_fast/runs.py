@@ -13,7 +13,9 @@ import torch
 
 import ssiuu_fast
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "rouge-score", "triton", "numpy")
+PACKAGES = (
+    "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "rouge-score", "scipy", "triton", "numpy",
+)  # fmt: skip
 
 
 class RunFolder:
