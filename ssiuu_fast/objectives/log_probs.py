@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
-from ssiuu_fast.objectives.objective import ForgetBatch, Objective, Totals
-from ssiuu_fast.ops.sequence_log_probs import sequence_log_probs
+from ssiuu_fast.objectives.objective import ForgetBatch, Objective, Totals, require
+from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs
 
 
 def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
@@ -33,11 +34,111 @@ class GradientAscent(Objective):
 
 
 @dataclass
-class GradientDifference(GradientAscent):
-    """−NLL_tok(forget) + NLL_tok(retain), the paper's backbone (γ = α = 1)."""
+class BesideRetain(Objective):
+    """γ · a loss on the forget rows + α · NLL_tok(retain)."""
 
-    name: ClassVar[str] = "GD"
-    needs_retain: ClassVar[bool] = True
+    gamma: float = 1.0
+    alpha: float = 1.0
+
+    def __post_init__(self):
+        require("gamma", self.gamma, above=0)
+        require("alpha", self.alpha, at_least=0)
 
     def retain_loss(self, model: nn.Module, inputs: dict[str, Tensor], totals: Totals) -> Tensor:
-        return nll_per_token(answer_log_probs(model, inputs), totals.tokens)
+        return self.alpha * nll_per_token(answer_log_probs(model, inputs), totals.tokens)
+
+
+@dataclass
+class GradientDifference(BesideRetain):
+    """−γ NLL_tok(forget) + α NLL_tok(retain), the paper's backbone (γ = α = 1)."""
+
+    name: ClassVar[str] = "GD"
+
+    def forget_loss(self, model: nn.Module, batch: ForgetBatch, totals: Totals) -> tuple[Tensor, Tensor]:
+        log_probs = answer_log_probs(model, batch.inputs)
+        return -self.gamma * nll_per_token(log_probs, totals.tokens), log_probs
+
+
+@dataclass
+class PreferenceObjective(BesideRetain):
+    """γ · mean over forget samples of −(2/β) log σ(β z) + α NLL_tok(retain); kinds differ in z.
+
+    Where z is far below 0 the sample weighs like 2 z in the loss; far above 0 it weighs nothing.
+    """
+
+    beta: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("beta", self.beta, above=0)
+
+    def forget_loss(self, model: nn.Module, batch: ForgetBatch, totals: Totals) -> tuple[Tensor, Tensor]:
+        if self.needs_reference and batch.reference_log_probs is None:
+            raise ValueError(
+                f"{self.name} compares with the starting model: give ForgetBatch its reference_log_probs, from "
+                "objectives.reference.reference_log_probs"
+            )
+        log_probs = answer_log_probs(model, batch.inputs)
+        losses = logsigmoid(self.beta * self.margin(log_probs, batch)) * (-2 / self.beta)
+        return self.gamma * losses.sum() / totals.samples, log_probs[: batch.samples]
+
+    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
+        """z of each sample to forget, [samples]. log_probs: [rows of batch.inputs]."""
+        raise NotImplementedError
+
+
+@dataclass
+class NegativePreference(PreferenceObjective):
+    """NPO: z = NLL_seq(f) − NLL_seq^ref(f) (arXiv 2404.05868)."""
+
+    name: ClassVar[str] = "NPO"
+    needs_reference: ClassVar[bool] = True
+
+    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
+        return -gained(log_probs, batch)
+
+
+@dataclass
+class DirectPreference(PreferenceObjective):
+    """DPO: z = (NLL_seq^ref − NLL_seq)(refusal) − (NLL_seq^ref − NLL_seq)(f) (arXiv 2305.18290)."""
+
+    name: ClassVar[str] = "DPO"
+    needs_refusals: ClassVar[bool] = True
+    needs_reference: ClassVar[bool] = True
+
+    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
+        if len(log_probs) != 2 * batch.samples:
+            raise ValueError(
+                f"DPO needs a refusal beside each of {batch.samples} rows to forget: inputs must hold "
+                f"{2 * batch.samples} rows, refusals last, and hold {len(log_probs)}"
+            )
+        of_answers, of_refusals = gained(log_probs, batch).split(batch.samples)
+        return of_refusals - of_answers
+
+
+@dataclass
+class SimpleNegativePreference(PreferenceObjective):
+    """SimNPO: z = NLL_seq(f)/|y| − δ, |y| the answer tokens of the sample; needs no reference (arXiv 2410.07163)."""
+
+    name: ClassVar[str] = "SimNPO"
+
+    gamma: float = 0.125
+    beta: float = 4.5
+    delta: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("delta", self.delta)
+
+    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
+        return -log_probs / answer_token_counts(batch.inputs["labels"]) - self.delta
+
+
+def gained(log_probs: Tensor, batch: ForgetBatch) -> Tensor:
+    """NLL_seq^ref − NLL_seq of each row: how much likelier its answer is than to the starting model."""
+    reference = batch.reference_log_probs
+    if reference.shape != log_probs.shape:
+        raise ValueError(
+            f"reference_log_probs must hold one number for each of {len(log_probs)} rows, got {list(reference.shape)}"
+        )
+    return log_probs - reference.to(log_probs)
