@@ -38,7 +38,8 @@ class TappedBlock:
         hidden = output if isinstance(output, Tensor) else output[0]
         if torch.is_grad_enabled() and not hidden.requires_grad:
             raise RuntimeError(
-                f"no gradient reaches {self._path}: is it checkpointed by a second run? {engines.REENTRANT_REMEDY}"
+                f"no gradient reaches {self._path}: was the model frozen after prepare(), or is it checkpointed by a "
+                f"second run that hides it? {engines.REENTRANT_REMEDY}"
             )
         self._outputs.append(hidden)
 
