@@ -57,15 +57,19 @@ def trained(model):
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def down(*layers):
+    return [f"model.layers.{layer}.mlp.down_proj.weight" for layer in layers]
+
+
 @pytest.mark.parametrize(
     ("make", "options", "layer", "names"),
     [
-        (llama, {}, 2, [f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)]),
-        (llama, {"layer": 3, "alpha": 7, "coefficient": 2.5}, 3, [f"model.layers.{n}.mlp.down_proj.weight" for n in (1, 2, 3)]),
+        (llama, {}, 2, down(0, 1, 2)),
+        (llama, {"layer": 3, "alpha": 7, "coefficient": 2.5}, 3, down(1, 2, 3)),
         (tiny_gpt2, {"layer": 0}, 0, ["transformer.h.0.mlp.c_proj.weight"]),
         (llama, {"layer": 2, "modules": ["layers.1.O"]}, 2, ["model.layers.1.self_attn.o_proj.weight"]),
     ],
-)  # fmt: skip
+)
 def test_gradient_is_that_of_the_formula(make, options, layer, names):
     torch.manual_seed(0)
     model = make()
@@ -90,9 +94,7 @@ def test_default_layer():
     for layers, expected in ((2, 1), (3, 1), (6, 3), (7, 3), (8, 7), (9, 7)):
         model = llama(layers)
         prepared(model)
-        assert trained(model) == [
-            f"model.layers.{n}.mlp.down_proj.weight" for n in range(max(0, expected - 2), expected + 1)
-        ]
+        assert trained(model) == down(*range(max(0, expected - 2), expected + 1))
 
 
 @pytest.mark.parametrize(
