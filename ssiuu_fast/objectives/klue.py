@@ -7,12 +7,19 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from ssiuu_fast.attribution import attribute
 from ssiuu_fast.data.collate import IGNORE, Encoded, asked_with, length_sorted_batches
 from ssiuu_fast.objectives.log_probs import GradientDifference
-from ssiuu_fast.objectives.modules import FFN_KINDS, TrainedAlone, bare, chosen_sites, local, refuse_patterns
+from ssiuu_fast.objectives.modules import (
+    FFN_KINDS,
+    TrainedAlone,
+    bare,
+    chosen_sites,
+    local,
+    refuse_patterns,
+    sharded_along,
+)
 from ssiuu_fast.objectives.objective import ForgetBatch, State, Totals, require
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.sites import Place, Site
@@ -141,12 +148,7 @@ class LocalisedDifference(GradientDifference):
         if key not in self._masks:
             staying = torch.ones(parameter.shape[dimension], dtype=torch.bool)
             staying[self._rows[path]] = False
-            staying = staying.to(parameter.device)
-            if isinstance(parameter, DTensor):
-                places = [
-                    Shard(0) if placement.is_shard(dimension) else Replicate() for placement in parameter.placements
-                ]
-                staying = local(distribute_tensor(staying, parameter.device_mesh, places))
+            staying = sharded_along(parameter, dimension, staying)
             self._masks[key] = staying[:, None] if dimension == 0 and parameter.dim() == 2 else staying
         return self._masks[key]
 

@@ -4,8 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from ssiuu_fast.sites import Place, Site, find_sites
 
@@ -24,9 +23,40 @@ def bare(model: nn.Module) -> nn.Module:
             return model
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor; asked without the second that importing torch.distributed.tensor takes."""
+    return hasattr(tensor, "device_mesh")
+
+
+def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; any other tensor is its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, on every rank, each of which must ask; any other tensor is its own."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def sharded_as(parameter: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of a parameter's shape, equal on all ranks, sharded and placed as the parameter is."""
+    tensor = tensor.to(parameter.device)
+    if not is_sharded(parameter) or is_sharded(tensor):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def sharded_along(parameter: Tensor, dimension: int, vector: Tensor) -> Tensor:
+    """This rank's part of a vector with an element for each index of a parameter's dimension, equal on all ranks."""
+    vector = vector.to(parameter.device)
+    if not is_sharded(parameter):
+        return vector
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    places = [Shard(0) if placement.is_shard(dimension) else Replicate() for placement in parameter.placements]
+    return local(distribute_tensor(vector, parameter.device_mesh, places))
 
 
 def chosen_sites(

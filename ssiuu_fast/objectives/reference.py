@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ssiuu_fast.data.collate import Encoded, collate, length_sorted_indices
 from ssiuu_fast.objectives.log_probs import answer_log_probs
-from ssiuu_fast.objectives.modules import bare, evaluating
+from ssiuu_fast.objectives.modules import bare, evaluating, whole
 from ssiuu_fast.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -68,8 +67,7 @@ def model_fingerprint(model: nn.Module) -> str:
     for name, config in configs.items():
         digest.update(f"{name} {_config_text(config)}".encode())
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
+        tensor = whole(tensor)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         _add_bytes(digest, tensor)
     return digest.hexdigest()

@@ -4,9 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ssiuu_fast.objectives.modules import bare, evaluating, local
+from ssiuu_fast.objectives.modules import bare, evaluating, local, sharded_as, whole
 
 
 class StartingWeights:
@@ -23,33 +22,27 @@ class StartingWeights:
         """
         now = {}
         with evaluating(model):
+            _forget_gathered(model)
             try:
                 for name in self._weights:
                     parameter = bare(model).get_parameter(name)
                     values = _values(parameter)
                     now[name] = values.clone()
                     values.copy_(self._placed(name, parameter))
-                _forget_gathered(model)
                 yield
             finally:
+                _forget_gathered(model)
                 for name, values in now.items():
                     _values(bare(model).get_parameter(name)).copy_(values)
-                _forget_gathered(model)
 
     def whole(self) -> dict[str, Tensor]:
         """All values, unsharded; where they are sharded every rank must ask."""
-        return {
-            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            for name, tensor in self._weights.items()
-        }
+        return {name: whole(tensor) for name, tensor in self._weights.items()}
 
     def _placed(self, name: str, parameter: nn.Parameter) -> Tensor:
-        """Where the parameter is now, and sharded as it is."""
-        start = self._weights[name].to(parameter.device)
-        if isinstance(parameter, DTensor) and not isinstance(start, DTensor):
-            start = distribute_tensor(start, parameter.device_mesh, parameter.placements)
-        self._weights[name] = start
-        return local(start)
+        """This rank's part, where the parameter is now."""
+        self._weights[name] = sharded_as(parameter, self._weights[name])
+        return local(self._weights[name])
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
@@ -58,7 +51,8 @@ def _values(parameter: nn.Parameter) -> Tensor:
 
 
 def _forget_gathered(model: nn.Module) -> None:
-    """Lets FSDP2 gather anew what it may have kept from another forward pass (reshard_after_forward=False)."""
+    """Makes FSDP2 put the shards back, and gather anew, where it keeps whole weights after a forward pass
+    (reshard_after_forward=False)."""
     for module in bare(model).modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()
