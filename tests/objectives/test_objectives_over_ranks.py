@@ -63,6 +63,9 @@ def train(case, wrap=None, rank=0, world=1):
         loss, _ = objective.forget_loss(model, ForgetBatch(forget, size), totals(FORGET))
         # gradients are averaged over ranks
         (world * loss).backward()
+        # as an evaluation does, after which FSDP2 may hold whole weights
+        with torch.no_grad():
+            model(input_ids=retain["input_ids"])
         (world * objective.retain_loss(model, retain, totals(RETAIN))).backward()
         objective.finish_gradients(model)
         optimizer.step()
