@@ -2,6 +2,7 @@
 
 from dataclasses import fields
 
+from ssiuu_fast.objectives.klue import LocalisedDifference
 from ssiuu_fast.objectives.log_probs import (
     DirectPreference,
     GradientAscent,
@@ -10,6 +11,7 @@ from ssiuu_fast.objectives.log_probs import (
     SimpleNegativePreference,
 )
 from ssiuu_fast.objectives.objective import Objective
+from ssiuu_fast.objectives.rmu import RepresentationMisdirection
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "ga": GradientAscent,
@@ -17,6 +19,8 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "dpo": DirectPreference,
     "npo": NegativePreference,
     "simnpo": SimpleNegativePreference,
+    "rmu": RepresentationMisdirection,
+    "klue": LocalisedDifference,
 }
 
 

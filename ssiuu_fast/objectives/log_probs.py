@@ -63,7 +63,7 @@ class GradientDifference(BesideRetain):
 class PreferenceObjective(BesideRetain):
     """γ · mean over forget samples of −(2/β) log σ(β z) + α NLL_tok(retain); kinds differ in z.
 
-    Where z is far below 0 the sample weighs like 2 z in the loss; far above 0 it weighs nothing.
+    The loss of a sample is −2 z where z is far below 0 and 0 where it is far above.
     """
 
     beta: float = 0.1
@@ -73,17 +73,22 @@ class PreferenceObjective(BesideRetain):
         require("beta", self.beta, above=0)
 
     def forget_loss(self, model: nn.Module, batch: ForgetBatch, totals: Totals) -> tuple[Tensor, Tensor]:
-        if self.needs_reference and batch.reference_log_probs is None:
+        rows = len(batch.inputs["labels"])
+        if self.needs_refusals and rows != 2 * batch.samples:
             raise ValueError(
-                f"{self.name} compares with the starting model: give ForgetBatch its reference_log_probs, from "
-                "objectives.reference.reference_log_probs"
+                f"{self.name} needs a refusal beside each of {batch.samples} rows to forget: inputs must hold "
+                f"{2 * batch.samples} rows, refusals last, and hold {rows}"
             )
+        if self.needs_reference:
+            _require_reference(self.name, batch, rows)
         log_probs = answer_log_probs(model, batch.inputs)
-        losses = logsigmoid(self.beta * self.margin(log_probs, batch)) * (-2 / self.beta)
-        return self.gamma * losses.sum() / totals.samples, log_probs[: batch.samples]
+        # cut before the loss: who asks how the loss depends on the answers alone finds them in its graph
+        answers, refusals = log_probs[: batch.samples], log_probs[batch.samples :]
+        losses = logsigmoid(self.beta * self.margin(answers, refusals, batch)) * (-2 / self.beta)
+        return self.gamma * losses.sum() / totals.samples, answers
 
-    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
-        """z of each sample to forget, [samples]. log_probs: [rows of batch.inputs]."""
+    def margin(self, answers: Tensor, refusals: Tensor, batch: ForgetBatch) -> Tensor:
+        """z of each sample, [samples], from the log-probs of its answer and of its refusal, if the objective has it."""
         raise NotImplementedError
 
 
@@ -94,8 +99,8 @@ class NegativePreference(PreferenceObjective):
     name: ClassVar[str] = "NPO"
     needs_reference: ClassVar[bool] = True
 
-    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
-        return -gained(log_probs, batch)
+    def margin(self, answers: Tensor, refusals: Tensor, batch: ForgetBatch) -> Tensor:
+        return batch.reference_log_probs.to(answers) - answers
 
 
 @dataclass
@@ -106,14 +111,9 @@ class DirectPreference(PreferenceObjective):
     needs_refusals: ClassVar[bool] = True
     needs_reference: ClassVar[bool] = True
 
-    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
-        if len(log_probs) != 2 * batch.samples:
-            raise ValueError(
-                f"DPO needs a refusal beside each of {batch.samples} rows to forget: inputs must hold "
-                f"{2 * batch.samples} rows, refusals last, and hold {len(log_probs)}"
-            )
-        of_answers, of_refusals = gained(log_probs, batch).split(batch.samples)
-        return of_refusals - of_answers
+    def margin(self, answers: Tensor, refusals: Tensor, batch: ForgetBatch) -> Tensor:
+        of_answers, of_refusals = batch.reference_log_probs.to(answers).split(batch.samples)
+        return (refusals - of_refusals) - (answers - of_answers)
 
 
 @dataclass
@@ -130,15 +130,18 @@ class SimpleNegativePreference(PreferenceObjective):
         super().__post_init__()
         require("delta", self.delta)
 
-    def margin(self, log_probs: Tensor, batch: ForgetBatch) -> Tensor:
-        return -log_probs / answer_token_counts(batch.inputs["labels"]) - self.delta
+    def margin(self, answers: Tensor, refusals: Tensor, batch: ForgetBatch) -> Tensor:
+        return -answers / answer_token_counts(batch.inputs["labels"]) - self.delta
 
 
-def gained(log_probs: Tensor, batch: ForgetBatch) -> Tensor:
-    """NLL_seq^ref − NLL_seq of each row: how much likelier its answer is than to the starting model."""
+def _require_reference(name: str, batch: ForgetBatch, rows: int) -> None:
     reference = batch.reference_log_probs
-    if reference.shape != log_probs.shape:
+    if reference is None:
         raise ValueError(
-            f"reference_log_probs must hold one number for each of {len(log_probs)} rows, got {list(reference.shape)}"
+            f"{name} compares with the starting model: give ForgetBatch its reference_log_probs, from "
+            "objectives.reference.reference_log_probs"
         )
-    return log_probs - reference.to(log_probs)
+    if reference.shape != (rows,):
+        raise ValueError(
+            f"reference_log_probs must hold one number for each of {rows} rows, got {list(reference.shape)}"
+        )
