@@ -166,7 +166,7 @@ class UnlearningTrainer(Trainer):
             if self._scaler is not None:
                 # the scaler looks for its scale by steps that overflow, and leaves those out
                 options["nonfinite"] = "count"
-            self.regularizer = SSIUURegularizer(self.model_wrapped, **options)
+            self.regularizer = self.new_regularizer(self.model_wrapped, **options)
         if self.threshold is not None:
             self._best = BestWeights(self.accelerator.unwrap_model(self.model), self.ranks)
         if self._resumed is not None:
@@ -179,6 +179,10 @@ class UnlearningTrainer(Trainer):
         elif self.args.regularize and self.args.reference == "initial":
             self._set_reference()
         self._step_log = StepLog(self.args.device)
+
+    def new_regularizer(self, model: nn.Module, **options) -> SSIUURegularizer:
+        """The penalty on the wrapped model; for regularisers of one's own."""
+        return SSIUURegularizer(model, **options)
 
     def end(self) -> None:
         """The weights that the run ends with."""
