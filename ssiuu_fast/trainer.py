@@ -11,25 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import IntervalStrategy
 
-from ssiuu_fast.data.collate import Encoder, collate
-from ssiuu_fast.evaluation.scores import default_threshold, score
+from ssiuu_fast.data.collate import Encoder
+from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.loop import checkpoints
 from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.loop.flow import UnlearningFlow
 from ssiuu_fast.loop.progress import Progress, read_progress
 from ssiuu_fast.loop.regularizer_state import load_regularizer, save_regularizer
-from ssiuu_fast.loop.rows import Rows, read_rows, refuse_common_rows
+from ssiuu_fast.loop.rows import Rows, read_rows
+from ssiuu_fast.loop.start import reference_batches, refuse_half_weights, refuse_rows, run_settings, threshold_of
 from ssiuu_fast.loop.step_log import StepLog, penalty_figures
 from ssiuu_fast.loop.steps import Part, Steps
-from ssiuu_fast.objectives.log_probs import answer_log_probs
-from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
-from ssiuu_fast.sampling import epoch_batches
 from ssiuu_fast.trainer_config import UnlearningConfig
-from ssiuu_fast.training import on_device
 
 REFERENCE_LOG_PROBS = "reference_log_probs"
 
@@ -79,11 +75,11 @@ class UnlearningTrainer(Trainer):
         self.forget = read_rows(forget, self.encoder, "forget")
         self.retain = None if retain is None else read_rows(retain, self.encoder, "retain")
         self.test = None if test is None else read_rows(test, self.encoder, "test")
-        self._refuse_rows(refusals)
-        _refuse_half_weights(model, args)
+        refuse_rows(self.objective, self.forget, self.retain, self.test, refusals)
+        refuse_half_weights(model, args)
         self._refusals = refusals
         self._forget_score = forget_score
-        self.threshold = self._threshold(args)
+        self.threshold = threshold_of(args, self.forget, forget_score)
 
         # set to False in the model's config by the Trainer
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
@@ -105,7 +101,7 @@ class UnlearningTrainer(Trainer):
             batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             ranks=args.world_size,
             micro_batches=args.gradient_accumulation_steps,
-            seed=self._data_seed,
+            seed=self.args.rows_seed,
             pad_id=0 if self.encoder is None else self.encoder.pad_id,
         )
         self.regularizer: SSIUURegularizer | None = None
@@ -131,13 +127,20 @@ class UnlearningTrainer(Trainer):
         """
         run, bare = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
         folder = checkpoints.find(run, resume_from_checkpoint)
-        self._resumed = None if folder is None else (folder, *checkpoints.read_notes(folder, self._settings()))
+        self._resumed = (
+            None
+            if folder is None
+            else (
+                folder,
+                *checkpoints.read_notes(folder, self._settings()),
+            )
+        )
         if self.args.should_save:
             checkpoints.sweep(run)
         self.flow.divergence = None
         if self._resumed is None:
             batch_size = self.args.per_device_train_batch_size
-            self.objective.prepare(bare, self.forget.encoded, seed=self._data_seed, batch_size=batch_size)
+            self.objective.prepare(bare, self.forget.encoded, seed=self.args.rows_seed, batch_size=batch_size)
         else:
             state = dict(self._resumed[2])
             self.steps.reference_log_probs = state.pop(REFERENCE_LOG_PROBS, None)
@@ -177,7 +180,11 @@ class UnlearningTrainer(Trainer):
                 kept = folder / checkpoints.BEST
                 self._best.load(kept if kept.exists() else None, best)
         elif self.args.regularize and self.args.reference == "initial":
-            self._set_reference()
+            self.model.eval()
+            batches = reference_batches(
+                self.model_wrapped, self.steps, self.args.per_device_train_batch_size, self.args.device
+            )
+            self.regularizer.set_reference(batches)
         self._step_log = StepLog(self.args.device)
 
     def new_regularizer(self, model: nn.Module, **options) -> SSIUURegularizer:
@@ -271,7 +278,7 @@ class UnlearningTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)
         if hasattr(norm, "full_tensor"):
             norm = norm.full_tensor()
-        self._judge_step(model, float(norm))
+        self._judge_step(model, norm.item() if torch.is_tensor(norm) else norm)
         return norm
 
     def _judge_step(self, model: nn.Module, norm: float) -> None:
@@ -395,6 +402,9 @@ class UnlearningTrainer(Trainer):
         if self.regularizer is not None:
             save_regularizer(self.regularizer, folder / checkpoints.REGULARIZER)
 
+    def _settings(self) -> dict:
+        return run_settings(self.args, self.steps, self.threshold, self._refusals)
+
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
@@ -403,57 +413,7 @@ class UnlearningTrainer(Trainer):
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _settings(self) -> dict:
-        """What a resumed run must share with the one it goes on with, as JSON gives it back."""
-        penalty = {
-            name: str(value) if isinstance(value, torch.dtype) else value
-            for name, value in self.args.regularizer_options().items()
-        }
-        return {
-            "objective": self.args.objective,
-            "objective_options": self.args.objective_options,
-            "penalty": penalty if self.args.regularize else None,
-            "seed": self._data_seed,
-            "rows_per_step": self.steps.batch_size,
-            "forget_rows": self.forget.digest,
-            "retain_rows": None if self.steps.retain is None else self.retain.digest,
-            "refusals": None if self._refusals is None else list(self._refusals),
-            "threshold": self.threshold,
-        }
-
     # before the first step
-
-    @property
-    def _data_seed(self) -> int:
-        return self.args.seed if self.args.data_seed is None else self.args.data_seed
-
-    def _threshold(self, args: UnlearningConfig) -> float | None:
-        """None: the run has no early stop."""
-        if args.threshold is not None and not self._scores_forget:
-            raise ValueError(
-                f"threshold={args.threshold} with no evaluation set: tokenised forget rows can't be scored. Give texts "
-                "with processing_class, or forget_score"
-            )
-        if args.threshold is not None or args.eval_strategy == IntervalStrategy.NO:
-            return args.threshold
-        if self._forget_score is not None or self.forget.examples is None:
-            return None
-        return default_threshold(self.forget.examples)
-
-    def _refuse_rows(self, refusals: Sequence[str] | None) -> None:
-        terms = self.objective
-        if terms.needs_retain and self.retain is None:
-            raise ValueError(f"{terms.name} needs retain rows and there are none: give retain, or use objective='ga'")
-        if terms.needs_refusals and not refusals:
-            raise ValueError(
-                f"{terms.name} needs texts to refuse with: give refusals, a list such as data.refusals.load_refusals "
-                "reads from a file"
-            )
-        if terms.needs_refusals and self.forget.examples is None:
-            raise ValueError(f"{terms.name} answers the questions to forget with refusals: give forget rows as texts")
-        for name, rows in (("retain", self.retain), ("test", self.test)):
-            if rows is not None:
-                refuse_common_rows(self.forget, rows, name)
 
     def _refusal_rows(self):
         from ssiuu_fast.data.refusals import RefusalRows
@@ -462,7 +422,7 @@ class UnlearningTrainer(Trainer):
             lambda index, text: self.encoder.encode(self.forget.examples[index], answer=text),
             self._refusals,
             len(self.forget),
-            seed=self._data_seed,
+            seed=self.args.rows_seed,
             epochs=self.steps.passes(self.state.max_steps),
         )
 
@@ -478,20 +438,6 @@ class UnlearningTrainer(Trainer):
                 batch_size=self.args.per_device_train_batch_size,
             )
 
-    def _set_reference(self) -> None:
-        """reference="initial": one pass over the forget set, in evaluation mode, at the starting weights."""
-        self.model.eval()
-        size = self.args.per_device_train_batch_size
-        self.regularizer.set_reference(
-            self._reference_item(indices) for indices in epoch_batches(len(self.forget), size, self._data_seed, 0)
-        )
-
-    def _reference_item(self, indices: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = [self.forget.encoded[index] for index in indices]
-        batch = on_device(collate(rows, self.steps._pad_id), self.args.device)
-        log_probs = answer_log_probs(self.model_wrapped, batch)
-        return log_probs, answer_token_counts(batch["labels"]), torch.tensor(indices)
-
 
 class _Ends(TrainerCallback):
     """The two ends of a run, when the Trainer has wrapped the model, and before it returns."""
@@ -505,16 +451,6 @@ class _Ends(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self._trainer.end()
-
-
-def _refuse_half_weights(model: nn.Module, args: UnlearningConfig) -> None:
-    half = next((name for name, p in model.named_parameters() if p.requires_grad and p.dtype == torch.float16), None)
-    if args.regularize and args.target == "probability" and half is not None:
-        raise ValueError(
-            f"{half} is float16 with target='probability': gradients of probabilities under 6e-8 are flushed to 0. "
-            "Load the model in float32 (fp16=True then computes in half precision) or bfloat16, or use "
-            "target='log_probability' or 'mean_token_probability'"
-        )
 
 
 @contextmanager

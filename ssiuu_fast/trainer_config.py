@@ -112,6 +112,11 @@ class UnlearningConfig(TrainingArguments):
         }
 
     @property
+    def rows_seed(self) -> int:
+        """What the rows of the steps are drawn from."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+    @property
     def checkpointing_options(self) -> dict | None:
         """Of gradient checkpointing, which newer transformers call activation checkpointing; None if it is off."""
         prefix = "activation" if hasattr(self, "activation_checkpointing") else "gradient"

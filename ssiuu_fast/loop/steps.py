@@ -78,7 +78,7 @@ class Steps:
         self.refusals = None
         self.reference_log_probs: Tensor | None = None
         self._slices = ranks * micro_batches
-        self._seed = seed
+        self.seed = seed
         self._pad_id = pad_id
         for name, rows in (("forget", forget), ("retain", retain)):
             if rows is not None and min(batch_size, len(rows)) < self._slices:
@@ -105,7 +105,7 @@ class Steps:
     def part(self, step: int, rank: int, micro_batch: int) -> Part:
         """Micro-batch 0, 1, … of a rank in step 0, 1, …"""
         number = rank * self.micro_batches + micro_batch
-        drawn = wrapping_batch(len(self.forget), self.batch_size, self._seed, step)
+        drawn = wrapping_batch(len(self.forget), self.batch_size, self.seed, step)
         first, stop = _slice(len(drawn), self._slices, number)
         mine = drawn[first:stop]
         passes = [(step * self.rows_per_step + place) // len(self.forget) for place in range(first, stop)]
@@ -128,17 +128,18 @@ class Steps:
             rows = [*rows, *(self.refusals.encoded[place] for place in drawn)]
             places += [len(self.forget) + place for place in drawn]
         reference = None if self.reference_log_probs is None else self.reference_log_probs[places]
-        return ForgetBatch(self._collated(rows), samples=len(indices), reference_log_probs=reference)
+        return ForgetBatch(self.collated(rows), samples=len(indices), reference_log_probs=reference)
 
     def _retain(self, step: int, number: int) -> tuple[dict[str, Tensor] | None, Totals | None]:
         if self.retain is None:
             return None, None
-        drawn = wrapping_batch(len(self.retain), self.batch_size, self._seed + RETAIN_SEED, step)
+        drawn = wrapping_batch(len(self.retain), self.batch_size, self.seed + RETAIN_SEED, step)
         first, stop = _slice(len(drawn), self._slices, number)
         rows = [self.retain.encoded[index] for index in drawn[first:stop]]
-        return self._collated(rows), _totals(self.retain, drawn)
+        return self.collated(rows), _totals(self.retain, drawn)
 
-    def _collated(self, rows: list[Encoded]) -> dict[str, Tensor]:
+    def collated(self, rows: list[Encoded]) -> dict[str, Tensor]:
+        """A padded batch of rows."""
         return collate(rows, self._pad_id)
 
 
