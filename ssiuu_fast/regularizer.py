@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from ssiuu_fast import engines
+from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.calibration import Calibration
 from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
@@ -104,8 +104,12 @@ class SSIUURegularizer:
         for name, value in (("weight", weight), ("relative_weight", relative_weight)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        engines.refuse_several_processes(process_group)
-        common = {"reference": reference, "one_sided": one_sided, "backend": backend}
+        common = {
+            "reference": reference,
+            "one_sided": one_sided,
+            "backend": backend,
+            "process_group": process_group,
+        }
         self._grain = (
             NeuronGrain(model_or_named_parameters, parameters, **common)
             if granularity == "neuron"
@@ -155,7 +159,8 @@ class SSIUURegularizer:
         keeps its penalty in `.grad`. After an error of your own between micro-batches, call abandon_step yourself.
         """
         try:
-            return self._backward(log_probs, last, scale, token_counts, sample_ids)
+            with self.agreement.errors_together():
+                return self._backward(log_probs, last, scale, token_counts, sample_ids)
         except BaseException:
             self._open_step = None
             self._grain.abandon()
@@ -171,6 +176,7 @@ class SSIUURegularizer:
         sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, last)
         self._skipped = self._step % self.every != 0
         if self._skipped:
+            self.agreement.pass_by(last)
             self._step += last
             return log_probs.new_zeros(())
         if self._awaiting_after_backward:
@@ -217,7 +223,8 @@ class SSIUURegularizer:
             )
         if self._step:
             raise RuntimeError(f"set_reference comes before the first step; {self._step} steps were taken")
-        self._grain.set_reference(self._reference_targets(log_prob_batches))
+        with self.agreement.errors_together():
+            self._grain.set_reference(self._reference_targets(log_prob_batches))
 
     def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
@@ -242,7 +249,7 @@ class SSIUURegularizer:
             # what differs is rounding
             return
         last = self._last_step
-        loss_norm = gradient_norm(self.regularized_parameters) / scale
+        loss_norm = gradient_norm(self.regularized_parameters, self._grain.shards) / scale
         self._calibration.see(last.penalty, last.penalty_gradient_norm, loss_norm)
         self.weight = self._calibration.weight()
         if self.weight is not None and not self._grain.knows_share:
@@ -267,6 +274,11 @@ class SSIUURegularizer:
         if self.weight is not None:
             self._share_watch.see(share)
         return share
+
+    @property
+    def agreement(self) -> Agreement:
+        """What the ranks tell each other before a step changes anything."""
+        return self._grain.agreement
 
     @property
     def takes_micro_batches(self) -> bool:
