@@ -150,8 +150,8 @@ class ParameterGrain:
         self.agreement.sums()
         self._references = references
 
-    def places(self) -> dict[str, tuple[list[int], list[int]]] | None:
-        """Where what this rank holds of each parameter lies: the shape of the whole and its first place in it.
+    def places(self) -> dict[str, dict[str, list[int]]] | None:
+        """Where this rank's shard of each parameter lies: "shape" of the whole, "first" place in it, "size".
 
         None where every rank holds the whole.
         """

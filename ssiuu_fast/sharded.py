@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ssiuu_fast import engines
 from ssiuu_fast.agreement import Agreement
@@ -45,9 +46,9 @@ class Sharded:
         """This rank's shard of each parameter; it may be empty."""
         return [local_part(parameter) for parameter in self._parameters]
 
-    def places(self) -> list[tuple[list[int], list[int]]]:
-        """Of each parameter the shape of the whole, and the place of this rank's shard in it."""
-        return [(list(parameter.shape), _offset(parameter)) for parameter in self._parameters]
+    def places(self) -> list[dict[str, list[int]]]:
+        """Where this rank's shard of each parameter lies in the whole."""
+        return [_place(parameter) for parameter in self._parameters]
 
     def step_gradients(self, batch: MicroBatch, scale: float) -> tuple[Gradients, int]:
         """Shards of scale · ∂T/∂φ over all ranks' samples and their number; None outside of their graphs."""
@@ -187,8 +188,6 @@ def _ranks(mesh, process_group) -> tuple[Ranks, Ranks]:
     return everyone, shards
 
 
-def _offset(parameter: DTensor) -> list[int]:
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return list(offset)
+def _place(parameter: DTensor) -> dict[str, list[int]]:
+    size, first = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return {"shape": list(parameter.shape), "first": list(first), "size": list(size)}

@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 from steps import WEIGHT
@@ -48,7 +47,15 @@ class Routed(nn.Module):
         used = input_ids[:, 0] % 2
         for index in used.unique().tolist():
             hidden = hidden + torch.where((used == index)[:, None, None], self.blocks[index](hidden).tanh(), 0.0)
-        return SimpleNamespace(logits=self.head(hidden))
+        return _Output(self.head(hidden))
+
+
+class _Output(dict):
+    """In which DDP finds the tensor, as in the outputs of transformers."""
+
+    def __init__(self, logits):
+        super().__init__(logits=logits)
+        self.logits = logits
 
 
 def make_model(case):
@@ -61,9 +68,13 @@ def make_model(case):
 def shard(model, **options):
     from torch.distributed.fsdp import fully_shard
 
-    for block in model.blocks if isinstance(model, Routed) else model.model.layers:
+    # what only some ranks run has to be gathered with what all run
+    for block in [] if isinstance(model, Routed) else model.model.layers:
         fully_shard(block, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    if isinstance(model, Routed):
+        model.set_reduce_scatter_unused_params(True)
+    return model
 
 
 def wrap(model, case):
@@ -90,7 +101,7 @@ class Run:
         self.model = self.inner if rank is None else wrap(self.inner, case)
         self.regularizer = SSIUURegularizer(self.model, **({"weight": WEIGHT} | case.options))
         make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case.optimizer]
-        self.optimizer = make(self.inner.parameters(), lr={"sgd": 1e-4, "adamw": 1e-3}[case.optimizer])
+        self.optimizer = make(self.inner.parameters(), lr={"sgd": 1e-2, "adamw": 1e-3}[case.optimizer])
         self.figures = []
 
     def share(self, rows):
@@ -145,6 +156,20 @@ class Run:
 
     def weights(self):
         return self.whole(self.inner.named_parameters())
+
+    def whole_references(self):
+        return {name: t.detach().clone() for name, t in self.regularizer.state_dict()["references"].items()}
+
+    @torch.no_grad()
+    def put(self, weights):
+        """Takes up whole weights."""
+        for name, p in self.inner.named_parameters():
+            if hasattr(p, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
+
+                p.copy_(distribute_tensor(weights[name].detach(), p.device_mesh, p.placements))
+            else:
+                p.copy_(weights[name])
 
     def go(self):
         if self.regularizer.reference == "initial":
