@@ -66,8 +66,17 @@ class SSIUURegularizer:
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
         FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward`,
         `last_step` or `state_dict`, when the step was probably taken), "count" only counts them.
-    process_group: more than one rank is not built yet.
+    process_group: the ranks whose samples are one batch; None is DistributedDataParallel's own group, the mesh of
+        `fully_shard`, or else the default group.
     backend: see `ssiuu_fast.ops.penalty_` and `ssiuu_fast.ops.neuron_penalty`.
+
+    Several processes (granularity="parameter"): give the model in DistributedDataParallel, or to which fully_shard was
+    applied. g is the sum over all ranks' samples, and the penalty added is equal on every rank (under FSDP2 on its
+    shards): the mean over ranks that both make of the loss's gradient leaves it as it is. A plain model works too,
+    where the loop averages `.grad` over the ranks; were it to sum, the penalty would count once a rank. Every rank
+    calls `backward` in every step, with one sample at least; an error of one is raised on all before anything is
+    changed. Under FSDP2 gradient sync stays on and every rank has as many micro-batches. `last_step`, λ and R are those
+    of all ranks, the same on each.
 
     Raises ValueError for options that make no sense, for models wrapped in a way it can't work in (engines.py) and
     where nothing is selected.
@@ -309,7 +318,8 @@ class SSIUURegularizer:
     def state_dict(self) -> dict:
         """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter).
 
-        The tensors are the live ones: save or clone them before the next step.
+        The tensors are the live ones: save or clone them before the next step. Under FSDP2 they are this rank's shards
+        and "places" says where they lie; `save_regularizer` puts them into files that any number of ranks can load.
         """
         self._check_nonfinite()
         if self._open_step is not None:

@@ -116,7 +116,7 @@ class Sharded:
 
     def _refuse_unsynchronised(self) -> None:
         off = any(not (group.reduce_grads and group.all_reduce_grads) for group in self._groups)
-        left = any(p.unsharded_accumulated_grad is not None for group in self._groups for p in group.fsdp_params)
+        left = any(_unreduced(parameter) for group in self._groups for parameter in group.fsdp_params)
         if off or left or any(getattr(group, "_partial_reduce_output", None) is not None for group in self._groups):
             raise ValueError(
                 f"gradient sync {'is' if off else 'was'} off under FSDP2 (set_requires_gradient_sync(False), or "
@@ -141,6 +141,12 @@ class Sharded:
                 f"set_reference was given one more batch on {with_batch} of {self.ranks.size} ranks: under FSDP2 every "
                 "rank needs as many batches as the others, which may be of different sizes"
             )
+
+
+def _unreduced(parameter) -> bool:
+    """Whether FSDP2 holds a gradient of an earlier backward pass that it has not reduced yet."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
 
 
 def _parameter_groups(state) -> list:

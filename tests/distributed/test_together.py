@@ -51,8 +51,10 @@ def other_graph(rank, engine):
     run = Run(Case(engine=engine), rank)
     run.step(0)
     rows = run.share(rows_of(1, run.case))[0]
-    other = tiny_llama()
-    log_probs = log_probs_of(other if rank == 0 else run.model, rows)
+    # a forward pass is one of all ranks
+    log_probs = log_probs_of(run.model, rows)
+    if rank == 0:
+        log_probs = log_probs_of(tiny_llama(), rows)
     return caught(lambda: run.regularizer.backward(log_probs))
 
 
@@ -66,11 +68,9 @@ def test_no_parameter_in_the_graph_of_one_rank(two_ranks, engine):
 
 def empty_share(rank, engine):
     run = Run(Case(engine=engine, options={"reference": "initial"}), rank)
-    if engine == "ddp" and rank == 1:
-        # DDP ranks may have different numbers of batches, but not none at all in a step
-        return caught(lambda: run.regularizer.backward(torch.zeros(0, requires_grad=True)))
     if engine == "ddp":
-        return caught(lambda: run.regularizer.backward(log_probs_of(run.model, rows_of(0, run.case))))
+        log_probs = log_probs_of(run.model, rows_of(0, run.case))
+        return caught(lambda: run.regularizer.backward(log_probs[: 6 * (1 - rank)]))
     graphs = [log_probs_of(run.model, rows_of(0, run.case)) for _ in range(2)]
     return caught(lambda: run.regularizer.set_reference(graphs[: 2 - rank]))
 
@@ -111,9 +111,8 @@ def refusals(rank):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     said = {}
-    for granularity in ("parameter", "neuron"):
-        model = nn.parallel.DistributedDataParallel(tiny_llama(), static_graph=True)
-        said[f"static {granularity}"] = caught(lambda m=model, g=granularity: SSIUURegularizer(m, granularity=g))
+    static = nn.parallel.DistributedDataParallel(tiny_llama(), static_graph=True)
+    said["static"] = caught(lambda: SSIUURegularizer(static))
     said["neuron"] = caught(lambda: SSIUURegularizer(tiny_llama(), granularity="neuron"))
 
     model = shard(make_model(Case()))
@@ -133,7 +132,6 @@ def refusals(rank):
     log_probs_of(model, rows).sum().backward()
     model.set_requires_gradient_sync(True)
     said["sync was off"] = caught(lambda: regularizer.backward(log_probs_of(model, rows)))
-    assert all(p.grad is None for p in model.parameters())
 
     model = make_model(Case())
     early = SSIUURegularizer(model)
@@ -156,11 +154,10 @@ def refusals(rank):
 def test_refusals(two_ranks):
     for said in two_ranks(refusals):
         messages = {name: error and error[1] for name, error in said.items()}
-        assert "static_graph=True" in messages["static parameter"]
-        assert "static_graph=True" in messages["static neuron"]
+        assert "static_graph=True" in messages["static"]
         assert "the process group has 2 ranks" in messages["neuron"]
         assert "give the model and not its parameters" in messages["named"]
-        assert messages["neuron sharded"] is not None
+        assert "the process group has 2 ranks" in messages["neuron sharded"]
         assert "process_group has other ranks than the mesh" in messages["group"]
         assert "has a hook that runs as soon as its gradient is there" in messages["steps"]
         assert "gradient sync is off under FSDP2" in messages["sync off"]
