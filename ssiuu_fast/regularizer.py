@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.agreement import Agreement
@@ -10,12 +9,12 @@ from ssiuu_fast.calibration import Calibration
 from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
 from ssiuu_fast.references import StateDtype, required, state_dtype_name
+from ssiuu_fast.regularizer_options import refuse_options
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
-from ssiuu_fast.targets import TARGETS, check_log_probs, reference_item, target_sum
+from ssiuu_fast.targets import check_log_probs, reference_item, target_sum
 from ssiuu_fast.warn import warn_user
 
-REFERENCES = ("previous", "initial")
 STATE_VERSION = 1
 # METHOD, open point 5: where to start
 STARTING_RELATIVE_WEIGHT = 30.0
@@ -99,20 +98,16 @@ class SSIUURegularizer:
         process_group=None,
         backend: str = "auto",
     ):
-        _refuse_unless_one_of("target", target, TARGETS)
-        _refuse_unless_one_of("granularity", granularity, ("parameter", "neuron"))
-        _refuse_unless_one_of("reference", reference, REFERENCES)
-        _refuse_unless_one_of("nonfinite", nonfinite, ("raise", "count"))
-        if granularity == "neuron" and state_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"state_dtype={state_dtype} is of no use with granularity='neuron': a reference is one fp32 number a "
-                "neuron (and sample), leave state_dtype out"
-            )
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        for name, value in (("weight", weight), ("relative_weight", relative_weight)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        refuse_options(
+            target=target,
+            granularity=granularity,
+            reference=reference,
+            nonfinite=nonfinite,
+            state_dtype=state_dtype,
+            every=every,
+            weight=weight,
+            relative_weight=relative_weight,
+        )
         common = {
             "reference": reference,
             "one_sided": one_sided,
@@ -407,8 +402,3 @@ class SSIUURegularizer:
                 f"{absent[0]} is not in this step's graph, and so has no attribution and no penalty in it; the same of "
                 f"{len(absent) - 1} others. This is said once, and `last_step.absent` counts them"
             )
-
-
-def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

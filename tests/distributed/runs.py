@@ -65,9 +65,14 @@ def make_model(case):
     return model
 
 
-def shard(model, **options):
-    from torch.distributed.fsdp import fully_shard
+def shard(model, mesh_shape=None, offload=False, **options):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
+    if mesh_shape is not None:
+        options["mesh"] = init_device_mesh("cpu", mesh_shape, mesh_dim_names=("replicate", "shard"))
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     # what only some ranks run has to be gathered with what all run
     for block in [] if isinstance(model, Routed) else model.model.layers:
         fully_shard(block, **options)

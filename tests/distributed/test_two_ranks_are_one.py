@@ -34,6 +34,9 @@ CASES = {
         options={"weight": 1e4},
     ),
     "fsdp2 routed": Case(engine="fsdp2", route=True),
+    "fsdp2 copies": Case(engine="fsdp2", wrapper={"mesh_shape": (2, 1)}, options={"relative_weight": 3.0}),
+    "fsdp2 one copy": Case(engine="fsdp2", wrapper={"mesh_shape": (1, 2)}),
+    "fsdp2 offload": Case(engine="fsdp2", wrapper={"offload": True}),
     "fsdp2 calibration": Case(engine="fsdp2", options={"relative_weight": 3.0}),
     "fsdp2 initial, every": Case(engine="fsdp2", options={"reference": "initial", "every": 2}),
 }
