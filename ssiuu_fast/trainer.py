@@ -18,13 +18,13 @@ from ssiuu_fast.loop import checkpoints
 from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.loop.flow import UnlearningFlow
 from ssiuu_fast.loop.progress import Progress, read_progress
-from ssiuu_fast.loop.regularizer_state import load_regularizer, save_regularizer
 from ssiuu_fast.loop.rows import Rows, read_rows
 from ssiuu_fast.loop.start import reference_batches, refuse_half_weights, refuse_rows, run_settings, threshold_of
 from ssiuu_fast.loop.step_log import StepLog, penalty_figures
 from ssiuu_fast.loop.steps import Part, Steps
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
+from ssiuu_fast.regularizer_file import load_regularizer, save_regularizer
 from ssiuu_fast.trainer_config import UnlearningConfig
 
 REFERENCE_LOG_PROBS = "reference_log_probs"
@@ -127,18 +127,14 @@ class UnlearningTrainer(Trainer):
         """
         run, bare = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
         folder = checkpoints.find(run, resume_from_checkpoint)
-        self._resumed = (
-            None
-            if folder is None
-            else (
-                folder,
-                *checkpoints.read_notes(folder, self._settings()),
-            )
-        )
+        self._resumed = None
+        if folder is not None:
+            self._resumed = (folder, *checkpoints.read_notes(folder, self._settings()))
         if self.args.should_save:
             checkpoints.sweep(run)
         self.flow.divergence = None
         if self._resumed is None:
+            self.steps.reference_log_probs = None
             batch_size = self.args.per_device_train_batch_size
             self.objective.prepare(bare, self.forget.encoded, seed=self.args.rows_seed, batch_size=batch_size)
         else:

@@ -12,7 +12,8 @@ from ssiuu_fast.data.collate import STYLES
 from ssiuu_fast.objectives import make_objective
 from ssiuu_fast.objectives.objective import Objective
 from ssiuu_fast.references import EIGHT_BIT, STATE_DTYPES, state_dtype_name
-from ssiuu_fast.regularizer import REFERENCES, STARTING_RELATIVE_WEIGHT
+from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT
+from ssiuu_fast.regularizer_options import REFERENCES
 from ssiuu_fast.targets import TARGETS
 
 GRANULARITIES = ("parameter", "neuron")

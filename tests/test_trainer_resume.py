@@ -200,6 +200,7 @@ def test_no_pickle_of_ours(tmp_path):
     folder = tmp_path / "checkpoint-2"
     pickled = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
     ours = {path.name for path in folder.rglob("*") if path.is_file()} - pickled
-    assert {"unlearning.json", "state.json", "references.safetensors", "model.safetensors"} <= ours
+    assert {"unlearning.json", "regularizer.json", "model.safetensors"} <= ours
     assert all(name.endswith((".json", ".safetensors")) for name in ours)
+    assert any(name.startswith("regularizer-") for name in ours)
     assert json.loads((folder / "unlearning.json").read_text())["settings"]["objective"] == "gd"
