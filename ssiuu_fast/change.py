@@ -3,10 +3,11 @@
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssiuu_fast.host_copy import HostCopy
 from ssiuu_fast.ops import Blockwise8
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.warn import warn_user
 
 # relative error of a stored attribution (FACTS: measured on products g · φ)
@@ -32,23 +33,25 @@ class ChangeWatch:
     def measure(
         self,
         gradients: dict[str, Tensor | None],
-        parameters: dict[str, nn.Parameter],
+        parameters: dict[str, Tensor],
         references: dict[str, Tensor | Blockwise8],
         gradient_scale: float,
+        shards: Ranks,
     ) -> Tensor | None:
         """The median over a few thousand elements spread over all tensors, to be called before the pass overwrites g.
 
-        A one-element tensor on the device, NaN where every A is 0; None where the references have more than 16 bits.
+        shards: the ranks over which they are spread, who look at their own. A one-element tensor on the device, NaN
+        where every A is 0; None where the references have more than 16 bits.
         """
         self.look()
         names = [name for name, gradient in gradients.items() if gradient is not None and _error(references[name])]
-        chosen = [name for name in _spread(names, TENSORS) if gradients[name].numel()]
-        if not chosen:
+        chosen = _spread(names, TENSORS)
+        if not chosen or (shards.size == 1 and not any(gradients[name].numel() for name in chosen)):
             return None
         each = max(1, ELEMENTS // len(chosen))
         device = gradients[chosen[0]].device
         samples = [_changes(gradients[n], parameters[n], references[n], gradient_scale, each) for n in chosen]
-        median = _median(torch.cat([sample.to(device) for sample in samples]))
+        median = _median(_of_all(torch.cat([sample.to(device) for sample in samples]), shards))
         self._unread = (HostCopy(median), max(_error(references[name]) for name in chosen))
         if device.type == "cpu":
             self.look()
@@ -93,6 +96,15 @@ def _changes(gradient, parameter, reference, gradient_scale, most):
     attribution = parameter * (gradient * gradient_scale)
     stored = reference.decode_strided(stride) if isinstance(reference, Blockwise8) else reference.view(-1)[::stride]
     return (attribution - stored).abs() / attribution.abs()
+
+
+def _of_all(changes: Tensor, shards: Ranks) -> Tensor:
+    """What all ranks looked at, with NaN between, which doesn't count."""
+    if shards.size == 1:
+        return changes
+    # a rank may have looked at up to three times as many as asked for
+    padded = torch.nn.functional.pad(changes[: 3 * ELEMENTS], (0, max(0, 3 * ELEMENTS - len(changes))), value=math.nan)
+    return shards.concatenated(padded)
 
 
 def _median(changes: Tensor) -> Tensor:

@@ -17,22 +17,40 @@ REENTRANT_REMEDY = (
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module under torch.compile and DistributedDataParallel.
+    """The user's own module, for what works in one process only.
+
+    Raises ValueError for wrappers that hide the gradient of the target, for several processes and sharded parameters.
+    """
+    model, ddp = strip(model)
+    if ddp is not None:
+        refuse_several_processes(ddp.process_group)
+    refuse_partitioned(model.named_parameters())
+    refuse_sharded(model.named_parameters(), "sharded parameters are not built yet here. Run in one process")
+    return model
+
+
+def strip(model: nn.Module) -> tuple[nn.Module, nn.parallel.DistributedDataParallel | None]:
+    """The user's own module under torch.compile and DistributedDataParallel, and the latter.
 
     Raises ValueError for wrappers in which the gradient of the target, or its sum over ranks, can't be had.
     """
+    ddp = None
     while True:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
-            refuse_several_processes(model.process_group)
+            ddp = model
             model = model.module
         else:
             break
     for name, module in model.named_modules():
         _refuse_module(name or "the model", module)
-    refuse_sharded(model.named_parameters())
-    return model
+    if ddp is not None and ddp.static_graph:
+        raise ValueError(
+            "the model is in DistributedDataParallel(static_graph=True), which takes the first backward pass through "
+            "its graph for the loss's: leave static_graph out, or use find_unused_parameters=True"
+        )
+    return model, ddp
 
 
 def refuse_compiled(model: nn.Module, otherwise: str = "") -> None:
@@ -52,22 +70,22 @@ def refuse_several_processes(process_group=None) -> None:
     world = torch.distributed.get_world_size(process_group)
     if world > 1:
         raise ValueError(
-            f"the process group has {world} ranks: the sum of the target's gradient over ranks is not built yet. "
-            "Run in one process"
+            f"the process group has {world} ranks: sums over ranks are not built yet here. Run in one process"
         )
 
 
-def refuse_sharded(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+def refuse_partitioned(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
     for name, parameter in named_parameters:
         if hasattr(parameter, "ds_id"):
             raise ValueError(
-                f"{name} is partitioned by DeepSpeed ZeRO-3, which is not supported: use DDP or one process"
+                f"{name} is partitioned by DeepSpeed ZeRO-3, which is not supported: use DDP, FSDP2 or one process"
             )
+
+
+def refuse_sharded(named_parameters: Iterable[tuple[str, nn.Parameter]], remedy: str) -> None:
+    for name, parameter in named_parameters:
         if hasattr(parameter, "device_mesh"):
-            raise ValueError(
-                f"{name} is a DTensor (FSDP2 or tensor parallel): sharded parameters are not built yet. "
-                "Run in one process"
-            )
+            raise ValueError(f"{name} is a DTensor (FSDP2 or tensor parallel): {remedy}")
 
 
 def refuse_steps_in_backward(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -124,11 +142,17 @@ _measuring_passes = 0
 
 
 @contextmanager
-def _measuring_pass() -> Iterator[None]:
+def measuring() -> Iterator[None]:
+    """Around a backward pass that only looks at a graph; what autograd complains of gets a remedy."""
     global _measuring_passes
     _measuring_passes += 1
     try:
         yield
+    except RuntimeError as error:
+        remedy = _remedy(str(error))
+        if remedy is None:
+            raise
+        raise RuntimeError(remedy) from error
     finally:
         _measuring_passes -= 1
 
@@ -141,21 +165,15 @@ def is_measuring() -> bool:
 def differentiate(
     target: Tensor, tensors: list[Tensor], *, scale: float = 1.0, retain_graph: bool = True
 ) -> tuple[Tensor | None, ...]:
-    """scale · ∂target/∂tensor for each, None where it isn't in the graph; what autograd complains of, with a remedy."""
-    try:
-        with _measuring_pass():
-            return torch.autograd.grad(
-                target,
-                tensors,
-                grad_outputs=torch.full_like(target, scale),
-                retain_graph=retain_graph,
-                allow_unused=True,
-            )
-    except RuntimeError as error:
-        remedy = _remedy(str(error))
-        if remedy is None:
-            raise
-        raise RuntimeError(remedy) from error
+    """scale · ∂target/∂tensor for each, None where it isn't in the graph."""
+    with measuring():
+        return torch.autograd.grad(
+            target,
+            tensors,
+            grad_outputs=torch.full_like(target, scale),
+            retain_graph=retain_graph,
+            allow_unused=True,
+        )
 
 
 def visit_gradients(target: Tensor, parameters: list[nn.Parameter], visit: Callable[[int, Tensor], None]) -> None:
@@ -220,14 +238,22 @@ def _remedy(message: str) -> str | None:
     return None
 
 
+def has_leaf(tensor: Tensor, sought: set[int]) -> bool:
+    """Whether one of the tensors with these ids is a leaf of the graph."""
+    return any(id(getattr(node, "variable", None)) in sought for node in _nodes(tensor))
+
+
 def _has_node(tensor: Tensor, name: str) -> bool:
+    return any(node.name() == name for node in _nodes(tensor))
+
+
+def _nodes(tensor: Tensor) -> Iterator:
+    """Every node of the graph, what was reached last first."""
     seen, waiting = set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name() == name:
-            return True
+        yield node
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
-    return False

@@ -19,7 +19,7 @@ from ssiuu_fast.evaluation.attacks import (
     harmful_attack,
 )
 from ssiuu_fast.evaluation.scores import default_threshold, score
-from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
+from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.training import finetune
 from ssiuu_fast.unlearning import unlearn
@@ -221,16 +221,16 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
 def unlearn_task(model, encoder: Encoder, method: str, seed: int, task: Task, recipe: Recipe, *, log=None) -> dict:
     """GD, alone or with the penalty, at the same learning rate, budget and early stop."""
     refuse_overlap(task.split.forget, task.split.retain)
-    regularizer = SSIUURegularizer(model, relative_weight=recipe.relative_weight) if method == "Ssiuu" else None
     progress = unlearn(
         model,
-        [encoder.encode(row) for row in task.split.forget],
-        [encoder.encode(row) for row in task.split.retain],
+        encoder,
+        task.split.forget,
+        task.split.retain,
         objective="gd",
         learning_rate=recipe.unlearning_rate,
         threshold=task.threshold,
-        forget_score=lambda: score(model, encoder, task.split.forget, max_new_tokens=recipe.max_new_tokens).mean,
-        regularizer=regularizer,
+        penalty={"relative_weight": recipe.relative_weight} if method == "Ssiuu" else None,
+        max_new_tokens=recipe.max_new_tokens,
         max_epochs=recipe.max_epochs,
         batch_size=recipe.batch_size,
         seed=seed,

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
+from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.neuron_measurement import Measurement
 from ssiuu_fast.neuron_references import BatchReferences, Form, SampleReferences
 from ssiuu_fast.ops.backends import choose
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.references import required
 from ssiuu_fast.selection import base_layer, select_modules
 from ssiuu_fast.step import MicroBatch, StepResult
@@ -37,8 +39,18 @@ class NeuronGrain:
     knows_share = False
 
     def __init__(
-        self, model: nn.Module, patterns: Iterable[str] | None, *, reference: str, one_sided: bool, backend: str
+        self,
+        model: nn.Module,
+        patterns: Iterable[str] | None,
+        *,
+        reference: str,
+        one_sided: bool,
+        backend: str,
+        process_group,
     ):
+        engines.refuse_several_processes(process_group)
+        self.shards = Ranks.alone()
+        self.agreement = Agreement(self.shards)
         if not isinstance(model, nn.Module):
             raise ValueError("granularity='neuron' taps the outputs of modules: give the model, not its parameters")
         engines.refuse_compiled(model, ", or use granularity='parameter'")

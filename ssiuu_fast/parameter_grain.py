@@ -9,6 +9,7 @@ from ssiuu_fast import engines
 from ssiuu_fast.change import ChangeWatch
 from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
+from ssiuu_fast.ranks import local_part
 from ssiuu_fast.references import (
     MeanAttribution,
     References,
@@ -19,8 +20,9 @@ from ssiuu_fast.references import (
     refuse_state_dtype,
     required,
 )
+from ssiuu_fast.replicated import Replicated
 from ssiuu_fast.selection import NamedParameters, select_parameters
-from ssiuu_fast.step import MicroBatch, StepResult
+from ssiuu_fast.step import MicroBatch, StepResult, summed
 from ssiuu_fast.warn import warn_user
 
 
@@ -41,12 +43,11 @@ class ParameterGrain:
         one_sided: bool,
         state_dtype: StateDtype,
         backend: str,
+        process_group,
     ):
-        if isinstance(model_or_named_parameters, nn.Module):
-            model_or_named_parameters = engines.unwrap(model_or_named_parameters)
-        self._parameters = select_parameters(model_or_named_parameters, patterns)
-        engines.refuse_sharded(self._parameters.items())
-        engines.refuse_steps_in_backward(self._parameters.items())
+        self._parameters, self._engine = _engine(model_or_named_parameters, patterns, process_group)
+        self.agreement = self._engine.agreement
+        self.shards = self._engine.shards
         _refuse_unusual(self._parameters)
         refuse_state_dtype(state_dtype, self._parameters)
         for parameter in self._parameters.values():
@@ -81,21 +82,25 @@ class ParameterGrain:
     def abandon(self) -> None:
         """Nothing of a step is left to be added."""
 
-    def target_gradients(self, target: Tensor, *, scale: float = 1.0, retain_graph: bool = True) -> list[Tensor | None]:
-        """scale · ∂T/∂φ, None for parameters outside the graph."""
+    def step_gradients(self, batch: MicroBatch, scale: float) -> tuple[list[Tensor | None], int]:
+        """scale · ∂T/∂φ of a micro-batch, None for parameters outside its graph, and its number of samples."""
         engines.refuse_frozen(self._parameters.items())
-        return engines.target_gradients(target, self.parameters, scale=scale, retain_graph=retain_graph)
+        return self._engine.step_gradients(batch, scale)
 
     def add_penalty(
-        self, gradients: dict[str, Tensor | None], samples: int, scale: float, weight: float | None
-    ) -> tuple[PenaltyResult, Tensor, Tensor | None]:
+        self, gradients: list[Tensor | None], samples: int, scale: float, weight: float | None
+    ) -> tuple[PenaltyResult, dict[str, Tensor | None], Tensor, Tensor | None]:
         """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters.
 
-        gradients: scale · ∂T/∂φ by name, None for parameters outside the graph; overwritten. Returns the sums,
-        the number of non-finite elements of each parameter in the graph, and what ChangeWatch measured.
+        gradients, samples: what step_gradients gave, summed over the micro-batches; overwritten. Returns this rank's
+        sums, the gradients by name, the number of non-finite elements of each parameter in the graph, and what
+        ChangeWatch measured.
         """
+        gradients, samples = self._engine.complete(gradients, samples)
+        gradients = dict(zip(self.names, gradients, strict=True))
+        parameters = self._local()
         first = self._references is None
-        references = self._references or References(empty_references(self._parameters, self._state_dtype), samples)
+        references = self._references or References(empty_references(parameters, self._state_dtype), samples)
         if first and self._reference == "initial":
             warn_user(
                 "reference='initial' without set_reference(): the attributions of the first step's batch are kept"
@@ -105,15 +110,18 @@ class ParameterGrain:
         update = self._reference == "previous" or first
         names = [name for name, gradient in gradients.items() if gradient is not None]
         # before the pass, which overwrites the gradients
-        change = None if first else self._change.measure(gradients, self._parameters, references.tensors, 1.0 / scale)
+        change = None
+        if not first:
+            change = self._change.measure(gradients, parameters, references.tensors, 1.0 / scale, self.shards)
+        held = {name: self._parameters[name].grad for name in names}
         counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
         result = penalty_(
             [gradients[name] for name in names],
-            [self._parameters[name] for name in names],
+            [parameters[name] for name in names],
             [references.tensors[name] for name in names],
             weight=0.0 if weight is None else weight * scale,
             # while λ is being calibrated the penalty is written over g and dropped
-            out=None if weight is None else [self._parameters[name].grad for name in names],
+            out=None if weight is None else [None if grad is None else local_part(grad) for grad in held.values()],
             one_sided=self._one_sided,
             update_references=update,
             first=first,
@@ -125,31 +133,55 @@ class ParameterGrain:
             if gradient is None and update:
                 # a parameter outside this step's graph has A = 0
                 references.tensors[name].zero_()
-            elif gradient is not None and weight is not None and self._parameters[name].grad is None:
-                self._parameters[name].grad = gradient
+            elif gradient is not None and weight is not None and held[name] is None:
+                self._engine.give(self._parameters[name], gradient)
         self._references = references
-        return result, counts, change
+        return result, gradients, counts, change
 
     def set_reference(self, targets: Iterable[MicroBatch]) -> None:
-        """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets, whose graphs are freed one by one."""
-        mean = MeanAttribution(self._parameters, self._state_dtype)
-        for batch in targets:
-            mean.add(self.target_gradients(batch.target, retain_graph=False), batch.samples)
-        self._references = mean.references()
+        """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets of all ranks, whose graphs are freed one by one."""
+        engines.refuse_frozen(self._parameters.items())
+        mean = MeanAttribution(self._local(), self._state_dtype)
+        for gradients, samples in self._engine.pass_gradients(targets):
+            mean.add(gradients, samples)
+        mean.samples = self._engine.complete_pass(list(mean.sums.values()), mean.samples)
+        references = mean.references()
+        # shards of another rank may not be finite
+        self.agreement.sums()
+        self._references = references
+
+    def places(self) -> dict[str, dict[str, list[int]]] | None:
+        """Where this rank's shard of each parameter lies: "shape" of the whole, "first" place in it, "size".
+
+        None where every rank holds the whole.
+        """
+        places = self._engine.places()
+        return None if places is None else dict(zip(self.names, places, strict=True))
 
     def state_dict(self) -> dict:
+        places = self.places()
         return {
             "references": None if self._references is None else flat_state(self._references.tensors),
             "reference_samples": None if self._references is None else self._references.samples,
+            **({} if places is None else {"places": places}),
         }
 
     def load_state_dict(self, state: dict) -> None:
         saved, samples = required(state, "references"), required(state, "reference_samples")
+        if state.get("places") != self.places():
+            raise ValueError(
+                "the saved state is of other shards than this rank's: save and load it by save_regularizer and "
+                "load_regularizer, which put shards together"
+            )
         references = None
         if saved is not None:
-            references = References(from_flat_state(self._parameters, self._state_dtype, saved), samples)
+            references = References(from_flat_state(self._local(), self._state_dtype, saved), samples)
         self._references = references
         self._change = ChangeWatch()
+
+    def _local(self) -> dict[str, Tensor]:
+        """What of each parameter lies on this rank."""
+        return dict(zip(self.names, self._engine.local(), strict=True))
 
 
 class ParameterStep:
@@ -164,8 +196,8 @@ class ParameterStep:
         self._underflows: list[Tensor] = []
 
     def add(self, batch: MicroBatch) -> None:
-        gradients = self._grain.target_gradients(batch.target, scale=self.scale)
-        self._samples += batch.samples
+        gradients, samples = self._grain.step_gradients(batch, self.scale)
+        self._samples += samples
         self._underflows.append(batch.underflows)
         if not self._gradients:
             self._gradients = gradients
@@ -177,9 +209,10 @@ class ParameterStep:
                 self._gradients[index].add_(gradient)
 
     def finish(self) -> StepResult:
-        gradients = dict(zip(self._grain.names, self._gradients, strict=True))
-        result, counts, change = self._grain.add_penalty(gradients, self._samples, self.scale, self._weight)
-        return StepResult(
+        result, gradients, counts, change = self._grain.add_penalty(
+            self._gradients, self._samples, self.scale, self._weight
+        )
+        whole = StepResult(
             penalty=result.penalty,
             negative=result.negative,
             elements=self._grain.elements,
@@ -190,11 +223,38 @@ class ParameterStep:
             absent=[name for name, gradient in gradients.items() if gradient is None],
             change=change,
         )
+        return summed(whole, self._grain.agreement.ranks, self._grain.shards)
+
+
+def _engine(
+    model_or_named_parameters, patterns: Iterable[str] | None, process_group
+) -> tuple[NamedParameters, Replicated]:
+    """The selected parameters, and how the gradient of the target is had for them."""
+    ddp, model = None, None
+    if isinstance(model_or_named_parameters, nn.Module):
+        model, ddp = engines.strip(model_or_named_parameters)
+        model_or_named_parameters = model
+        engines.refuse_partitioned(model.named_parameters())
+    selected = select_parameters(model_or_named_parameters, patterns)
+    engines.refuse_partitioned(selected.items())
+    if model is not None and torch.distributed.is_available():
+        from ssiuu_fast.sharded import Sharded, is_sharded
+
+        if is_sharded(model):
+            # all of them get a gradient for a while
+            engines.refuse_steps_in_backward(model.named_parameters())
+            return selected, Sharded(model, selected, process_group)
+    engines.refuse_sharded(
+        selected.items(),
+        "tensor parallel is not supported. Where it comes from fully_shard, give the model and not its parameters",
+    )
+    engines.refuse_steps_in_backward(selected.items())
+    return selected, Replicated(list(selected.values()), process_group, ddp)
 
 
 def _refuse_unusual(parameters: NamedParameters) -> None:
     for name, parameter in parameters.items():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise ValueError(f"{name} is {parameter.dtype}: regularised parameters must be fp32, bf16, fp16 or fp64")
-        if not parameter.is_contiguous():
+        if not local_part(parameter).is_contiguous():
             raise ValueError(f"{name} is not contiguous: store it contiguously, or leave it out with parameters=[...]")

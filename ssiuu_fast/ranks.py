@@ -1,8 +1,13 @@
 """The processes that share a training step, and sums over them."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# small tensors are sent together, this many bytes at most at a time
+BUCKET = 32 * 2**20
 
 
 class Ranks:
@@ -17,11 +22,61 @@ class Ranks:
         self.size = dist.get_world_size(group) if initialised else 1
         self.rank = dist.get_rank(group) if initialised else 0
 
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """This process by itself, whatever others there are."""
+        ranks = cls.__new__(cls)
+        ranks.group, ranks.size, ranks.rank = None, 1, 0
+        return ranks
+
+    @property
+    def numbers_device(self) -> torch.device:
+        """Where numbers that the host wants to know are summed: the CPU, unless the backend is for GPUs only."""
+        if self.size == 1 or "cpu:" in str(dist.get_backend_config(self.group)):
+            return torch.device("cpu")
+        return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """The tensor with its sum over all ranks in place; same bits on every rank."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
+
+    def sum_all_(self, tensors: Sequence[Tensor]) -> None:
+        """Every tensor becomes its sum over all ranks. Contiguous, and of the same shapes and dtypes everywhere.
+
+        Small ones travel together in a buffer of BUCKET bytes, large ones by themselves and in place.
+        """
+        if self.size == 1:
+            return
+        buckets: dict[tuple, list[Tensor]] = {}
+        for tensor in tensors:
+            if tensor.nbytes >= BUCKET:
+                self.sum_(tensor)
+                continue
+            bucket = buckets.setdefault((tensor.dtype, tensor.device), [])
+            if sum(other.nbytes for other in bucket) + tensor.nbytes > BUCKET:
+                self._sum_together_(bucket)
+                bucket.clear()
+            bucket.append(tensor)
+        for bucket in buckets.values():
+            self._sum_together_(bucket)
+
+    def _sum_together_(self, tensors: Sequence[Tensor]) -> None:
+        flat = self.sum_(torch.cat([tensor.view(-1) for tensor in tensors]))
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def concatenated(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks behind each other, in rank order; they have one shape."""
+        if self.size == 1:
+            return tensor
+        # what was moved to the host is sent from the GPU, where the backend knows no other way
+        here = tensor.device.type in str(dist.get_backend_config(self.group))
+        sent = tensor if here else tensor.to(self.numbers_device)
+        parts = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(parts, sent, group=self.group)
+        return torch.cat(parts).to(tensor.device)
 
     def gather(self, value) -> list:
         """What each rank gave, in rank order; plain values (numbers, strings, lists), not tensors."""
@@ -36,3 +91,12 @@ class Ranks:
         if self.size == 1:
             return condition
         return bool(self.sum_(torch.tensor(int(condition), device=device)).item())
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What of a sharded tensor lies on this rank, the same memory; any other tensor as it is."""
+    if not hasattr(tensor, "to_local"):
+        return tensor
+    # with gradients enabled it would be a node of a graph
+    with torch.no_grad():
+        return tensor.to_local()

@@ -120,28 +120,28 @@ class MeanAttribution:
         self._parameters = parameters
         self._dtype = dtype
         # in 16 bits a long sum stops growing
-        self._sums = {name: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for name, p in parameters.items()}
-        self._samples = 0
+        self.sums = {name: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for name, p in parameters.items()}
+        self.samples = 0
 
     @torch.no_grad()
     def add(self, gradients: list[Tensor | None], samples: int) -> None:
-        self._samples += samples
+        self.samples += samples
         for (name, parameter), gradient in zip(self._parameters.items(), gradients, strict=True):
             if gradient is not None:
-                self._sums[name].add_(parameter.to(_wide(parameter)) * gradient.to(_wide(parameter)))
+                self.sums[name].add_(parameter.to(_wide(parameter)) * gradient.to(_wide(parameter)))
 
     def references(self) -> References:
         """Raises ValueError where no batch was added, FloatingPointError where an attribution isn't finite."""
-        if not self._samples:
+        if not self.samples:
             raise ValueError("set_reference was given no batch: the forget set is empty")
-        for name, tensor in self._sums.items():
+        for name, tensor in self.sums.items():
             if not torch.isfinite(tensor).all():
                 raise FloatingPointError(
                     f"the reference attribution of {name} is not finite: are the starting weights sound?"
                 )
         means = empty_references(self._parameters, self._dtype)
         for name, tensor in means.items():
-            mean = self._sums[name] / self._samples
+            mean = self.sums[name] / self.samples
             tensor.store(mean) if isinstance(tensor, Blockwise8) else tensor.copy_(mean)
         return References(means, samples=None)
 

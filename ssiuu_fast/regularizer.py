@@ -2,20 +2,19 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import Tensor, nn
 
-from ssiuu_fast import engines
+from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.calibration import Calibration
 from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
 from ssiuu_fast.references import StateDtype, required, state_dtype_name
+from ssiuu_fast.regularizer_options import refuse_options
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
-from ssiuu_fast.targets import TARGETS, check_log_probs, reference_item, target_sum
+from ssiuu_fast.targets import check_log_probs, reference_item, target_sum
 from ssiuu_fast.warn import warn_user
 
-REFERENCES = ("previous", "initial")
 STATE_VERSION = 1
 # METHOD, open point 5: where to start
 STARTING_RELATIVE_WEIGHT = 30.0
@@ -66,8 +65,17 @@ class SSIUURegularizer:
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
         FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward`,
         `last_step` or `state_dict`, when the step was probably taken), "count" only counts them.
-    process_group: more than one rank is not built yet.
+    process_group: the ranks whose samples are one batch; None is DistributedDataParallel's own group, the mesh of
+        `fully_shard`, or else the default group.
     backend: see `ssiuu_fast.ops.penalty_` and `ssiuu_fast.ops.neuron_penalty`.
+
+    Several processes (granularity="parameter"): give the model in DistributedDataParallel, or to which fully_shard was
+    applied. g is the sum over all ranks' samples, and the penalty added is equal on every rank (under FSDP2 on its
+    shards): the mean over ranks that both make of the loss's gradient leaves it as it is. A plain model works too,
+    where the loop averages `.grad` over the ranks; were it to sum, the penalty would count once a rank. Every rank
+    calls `backward` in every step, with one sample at least; an error of one is raised on all before anything is
+    changed. Under FSDP2 gradient sync stays on and every rank has as many micro-batches. `last_step`, λ and R are those
+    of all ranks, the same on each.
 
     Raises ValueError for options that make no sense, for models wrapped in a way it can't work in (engines.py) and
     where nothing is selected.
@@ -90,22 +98,22 @@ class SSIUURegularizer:
         process_group=None,
         backend: str = "auto",
     ):
-        _refuse_unless_one_of("target", target, TARGETS)
-        _refuse_unless_one_of("granularity", granularity, ("parameter", "neuron"))
-        _refuse_unless_one_of("reference", reference, REFERENCES)
-        _refuse_unless_one_of("nonfinite", nonfinite, ("raise", "count"))
-        if granularity == "neuron" and state_dtype not in (None, torch.float32):
-            raise ValueError(
-                f"state_dtype={state_dtype} is of no use with granularity='neuron': a reference is one fp32 number a "
-                "neuron (and sample), leave state_dtype out"
-            )
-        if not isinstance(every, int) or every < 1:
-            raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
-        for name, value in (("weight", weight), ("relative_weight", relative_weight)):
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        engines.refuse_several_processes(process_group)
-        common = {"reference": reference, "one_sided": one_sided, "backend": backend}
+        refuse_options(
+            target=target,
+            granularity=granularity,
+            reference=reference,
+            nonfinite=nonfinite,
+            state_dtype=state_dtype,
+            every=every,
+            weight=weight,
+            relative_weight=relative_weight,
+        )
+        common = {
+            "reference": reference,
+            "one_sided": one_sided,
+            "backend": backend,
+            "process_group": process_group,
+        }
         self._grain = (
             NeuronGrain(model_or_named_parameters, parameters, **common)
             if granularity == "neuron"
@@ -155,7 +163,8 @@ class SSIUURegularizer:
         keeps its penalty in `.grad`. After an error of your own between micro-batches, call abandon_step yourself.
         """
         try:
-            return self._backward(log_probs, last, scale, token_counts, sample_ids)
+            with self.agreement.errors_together():
+                return self._backward(log_probs, last, scale, token_counts, sample_ids)
         except BaseException:
             self._open_step = None
             self._grain.abandon()
@@ -171,6 +180,7 @@ class SSIUURegularizer:
         sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, last)
         self._skipped = self._step % self.every != 0
         if self._skipped:
+            self.agreement.pass_by(last)
             self._step += last
             return log_probs.new_zeros(())
         if self._awaiting_after_backward:
@@ -217,7 +227,8 @@ class SSIUURegularizer:
             )
         if self._step:
             raise RuntimeError(f"set_reference comes before the first step; {self._step} steps were taken")
-        self._grain.set_reference(self._reference_targets(log_prob_batches))
+        with self.agreement.errors_together():
+            self._grain.set_reference(self._reference_targets(log_prob_batches))
 
     def _reference_targets(self, log_prob_batches: Iterable) -> Iterator[MicroBatch]:
         for item in log_prob_batches:
@@ -242,7 +253,7 @@ class SSIUURegularizer:
             # what differs is rounding
             return
         last = self._last_step
-        loss_norm = gradient_norm(self.regularized_parameters) / scale
+        loss_norm = gradient_norm(self.regularized_parameters, self._grain.shards) / scale
         self._calibration.see(last.penalty, last.penalty_gradient_norm, loss_norm)
         self.weight = self._calibration.weight()
         if self.weight is not None and not self._grain.knows_share:
@@ -267,6 +278,11 @@ class SSIUURegularizer:
         if self.weight is not None:
             self._share_watch.see(share)
         return share
+
+    @property
+    def agreement(self) -> Agreement:
+        """What the ranks tell each other before a step changes anything."""
+        return self._grain.agreement
 
     @property
     def takes_micro_batches(self) -> bool:
@@ -297,7 +313,8 @@ class SSIUURegularizer:
     def state_dict(self) -> dict:
         """Everything a resumed run needs: numbers, strings and tensors (one reference a parameter).
 
-        The tensors are the live ones: save or clone them before the next step.
+        The tensors are the live ones: save or clone them before the next step. Under FSDP2 they are this rank's shards
+        and "places" says where they lie; `save_regularizer` puts them into files that any number of ranks can load.
         """
         self._check_nonfinite()
         if self._open_step is not None:
@@ -385,8 +402,3 @@ class SSIUURegularizer:
                 f"{absent[0]} is not in this step's graph, and so has no attribution and no penalty in it; the same of "
                 f"{len(absent) - 1} others. This is said once, and `last_step.absent` counts them"
             )
-
-
-def _refuse_unless_one_of(name: str, value, allowed: tuple) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {value!r}")

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.host_copy import HostCopy
+from ssiuu_fast.ranks import Ranks, local_part
 
 # what to do about a step with non-finite attributions; a GPU is not waited for
 IN_TIME = "Don't take this step"
@@ -135,10 +136,39 @@ class NonfiniteWatch:
             )
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> float:
-    """Euclidean norm of the `.grad` of all parameters, each summed in fp32; 0 where there is none."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def summed(result: StepResult, ranks: Ranks, shards: Ranks) -> StepResult:
+    """The result of all ranks, the same on each.
+
+    ranks: those whose samples are one batch. shards: those over which the elements are spread.
+    """
+    if ranks.size == 1:
+        return result
+    underflows = ranks.sum_(torch.stack([count.to(result.underflows[0].device) for count in result.underflows]).sum())
+    result = replace(result, underflows=[underflows])
+    if shards.size == 1:
+        return result
+    # whole numbers under 2^53 are exact in fp64. Shards that were moved to the host are summed where the model is
+    home = result.nonfinite_counts.device
+    scalars = torch.stack([result.penalty, result.gradient_square, result.negative.double()])
+    sums = torch.cat([scalars.to(home), result.nonfinite_counts.double()])
+    sums = shards.sum_(sums.to(underflows.device)).to(home)
+    return replace(
+        result,
+        penalty=sums[0],
+        gradient_square=sums[1],
+        negative=sums[2].long(),
+        nonfinite_counts=sums[3:].long(),
+    )
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], shards: Ranks) -> float:
+    """Euclidean norm of the `.grad` of all parameters, each summed in fp32; 0 where there is none.
+
+    shards: the ranks over which they are spread.
+    """
+    gradients = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return 0.0
     norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack([norm.double().to(norms[0].device) for norm in norms])).item()
+    norm = torch.linalg.vector_norm(torch.stack([norm.double().to(norms[0].device) for norm in norms]))
+    return norm.item() if shards.size == 1 else shards.sum_(norm.square().to(shards.numbers_device)).sqrt().item()

@@ -1,0 +1,66 @@
+"""What the ranks of a step tell each other before it changes anything: whole numbers to be summed, and errors."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from ssiuu_fast.ranks import Ranks
+
+# what an error of another rank may be raised as; any other is a RuntimeError
+_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, FloatingPointError)}
+
+
+class Agreement:
+    """Errors of one rank are raised on all, so that no rank waits for one that has left.
+
+    numbers: how many numbers the ranks sum in an exchange; it must be the same in all, since a rank with an error
+        takes part in whichever exchange the others come to next.
+    due: whether the ranks exchange after a micro-batch (of which is said whether it is the last of its step). It must
+        be so before whatever all ranks do together, and may be so where all ranks come by equally often only.
+    """
+
+    def __init__(self, ranks: Ranks, numbers: int = 0, due: Callable[[bool], bool] = lambda last: last):
+        self.ranks = ranks
+        self._numbers = numbers
+        self._due = due
+
+    def sums(self, numbers: Sequence[int] | None = None) -> list[int]:
+        """The sum of each number over the ranks, zeros where none are given. Raises what another rank failed with."""
+        return self._exchange(numbers or [0] * self._numbers, None)
+
+    def pass_by(self, last: bool) -> None:
+        """After a micro-batch that needs no sums: raises what another rank failed with, if that is due."""
+        if self._due(last):
+            self.sums()
+
+    @contextmanager
+    def errors_together(self) -> Iterator[None]:
+        """An error in here is told to the other ranks, who are in here too and raise it at their next exchange."""
+        try:
+            yield
+        except _ElsewhereError as elsewhere:
+            raise elsewhere.error from None
+        except Exception as error:
+            self._exchange([0] * self._numbers, error)
+            raise
+
+    def _exchange(self, numbers: Sequence[int], error: Exception | None) -> list[int]:
+        if self.ranks.size == 1:
+            return list(numbers)
+        told = torch.tensor([int(error is not None), *numbers], dtype=torch.int64, device=self.ranks.numbers_device)
+        failed, *sums = self.ranks.sum_(told).tolist()
+        if failed:
+            said = self.ranks.gather(None if error is None else (type(error).__name__, str(error)))
+            if error is None:
+                rank, (kind, message) = next((rank, what) for rank, what in enumerate(said) if what is not None)
+                raise _ElsewhereError(_KINDS.get(kind, RuntimeError)(f"on rank {rank}: {message}"))
+        return sums
+
+
+class _ElsewhereError(Exception):
+    """An error that another rank has told of, and that is not told again."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error

@@ -1,0 +1,199 @@
+"""The gradient of the target where the parameters are sharded over ranks by FSDP2 (`fully_shard`)."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ssiuu_fast import engines
+from ssiuu_fast.agreement import Agreement
+from ssiuu_fast.ranks import Ranks, local_part
+from ssiuu_fast.replicated import Gradients
+from ssiuu_fast.selection import NamedParameters
+from ssiuu_fast.step import MicroBatch
+
+
+def is_sharded(model) -> bool:
+    """Whether it is a model to some module of which `fully_shard` was applied."""
+    return isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+class Sharded:
+    """g by a backward pass that FSDP2 reduces as it does the loss's, with every `.grad` put aside meanwhile.
+
+    autograd.grad doesn't reach the sharded parameters. FSDP2 divides what it reduces, as a rule by the number of
+    ranks, so the target is multiplied by as much: g is the sum. Each rank then works on its own shards.
+    """
+
+    def __init__(self, model: nn.Module, parameters: NamedParameters, process_group):
+        states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+        self._groups = [group for state in states for group in _parameter_groups(state)]
+        self._context = states[0]._state_ctx
+        self._all = list(model.parameters())
+        self._parameters = list(parameters.values())
+        mesh = _mesh(self._groups, parameters)
+        self.ranks, self.shards = _ranks(mesh, process_group)
+        sharded = {id(p.sharded_param): p for group in self._groups for p in group.fsdp_params}
+        self._sharded = [sharded[id(parameter)] for parameter in self._parameters]
+        # whether a rank still has a batch, and the number of samples. Every pass is one of all ranks
+        self.agreement = Agreement(self.ranks, 2, lambda last: True)
+
+    def local(self) -> list[Tensor]:
+        """This rank's shard of each parameter; it may be empty."""
+        return [local_part(parameter) for parameter in self._parameters]
+
+    def places(self) -> list[dict[str, list[int]]]:
+        """Where this rank's shard of each parameter lies in the whole."""
+        return [_place(parameter) for parameter in self._parameters]
+
+    def step_gradients(self, batch: MicroBatch, scale: float) -> tuple[Gradients, int]:
+        """Shards of scale · ∂T/∂φ over all ranks' samples and their number; None outside of their graphs."""
+        return self._gradients(batch, scale, retain_graph=True)
+
+    def complete(self, gradients: Gradients, samples: int) -> tuple[Gradients, int]:
+        """They were summed on the way."""
+        return gradients, samples
+
+    def pass_gradients(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[Gradients, int]]:
+        """As step_gradients, freeing each graph. ValueError where a rank has fewer batches than another."""
+        for batch in batches:
+            yield self._gradients(batch, 1.0, retain_graph=False)
+        self._refuse_unless_together(*self.agreement.sums([0, 0]), expected=0)
+
+    def complete_pass(self, sums: list[Tensor], samples: int) -> int:
+        """They were summed on the way."""
+        return samples
+
+    def give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        parameter.grad = DTensor.from_local(
+            gradient,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+
+    def _gradients(self, batch: MicroBatch, scale: float, retain_graph: bool) -> tuple[Gradients, int]:
+        self._refuse_unsynchronised()
+        factor = self._factor()
+        self._refuse_other_graph(batch.target)
+        with_batch, samples = self.agreement.sums([1, batch.samples])
+        self._refuse_unless_together(with_batch, samples, expected=self.ranks.size)
+        return self._backward(batch.target, scale * factor, retain_graph), samples
+
+    def _backward(self, target: Tensor, scale: float, retain_graph: bool) -> Gradients:
+        stash = [parameter.grad for parameter in self._all]
+        is_last = self._context.is_last_backward
+        for parameter in self._all:
+            parameter.grad = None
+        # only at the end of a last backward pass does the current stream wait for what was reduced in it
+        self._context.is_last_backward = True
+        try:
+            with engines.measuring():
+                target.backward(torch.full_like(target, scale), retain_graph=retain_graph)
+            gradients = [
+                None if parameter.grad is None else local_part(parameter.grad) for parameter in self._parameters
+            ]
+        finally:
+            self._context.is_last_backward = is_last
+            for parameter, gradient in zip(self._all, stash, strict=True):
+                parameter.grad = gradient
+        return gradients
+
+    def _factor(self) -> float:
+        """What FSDP2 divides a gradient by that it reduces."""
+        factors = {group.gradient_divide_factor or self.ranks.size for group in self._groups}
+        if len(factors) > 1:
+            raise ValueError(
+                f"set_gradient_divide_factor: the modules have different factors, {sorted(factors)}: give all the same"
+            )
+        return factors.pop()
+
+    def _refuse_unsynchronised(self) -> None:
+        off = any(not (group.reduce_grads and group.all_reduce_grads) for group in self._groups)
+        left = any(_unreduced(parameter) for group in self._groups for parameter in group.fsdp_params)
+        if off or left or any(getattr(group, "_partial_reduce_output", None) is not None for group in self._groups):
+            raise ValueError(
+                f"gradient sync {'is' if off else 'was'} off under FSDP2 (set_requires_gradient_sync(False), or "
+                "accelerate's no_sync): the gradients of target and loss would come back as one sum. Leave it on in "
+                "every micro-batch"
+            )
+
+    def _refuse_other_graph(self, target: Tensor) -> None:
+        # before the backward pass, in which the other ranks would wait for this one
+        sought = {id(p._unsharded_param) for p in self._sharded if hasattr(p, "_unsharded_param")}
+        engines.refuse_missing(
+            target,
+            engines.has_leaf(target, sought) * len(self._parameters),
+            len(self._parameters),
+            "regularised parameters",
+            "wrapped, sharded or frozen",
+        )
+
+    def _refuse_unless_together(self, with_batch: int, samples: int, expected: int) -> None:
+        if with_batch != expected:
+            raise ValueError(
+                f"set_reference was given one more batch on {with_batch} of {self.ranks.size} ranks: under FSDP2 every "
+                "rank needs as many batches as the others, which may be of different sizes"
+            )
+
+
+def _unreduced(parameter) -> bool:
+    """Whether FSDP2 holds a gradient of an earlier backward pass that it has not reduced yet."""
+    unsharded = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
+
+
+def _parameter_groups(state) -> list:
+    """Of a module that fully_shard was applied to."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _mesh(groups: list, parameters: NamedParameters):
+    """The one mesh that all are sharded over. ValueError where there are several, or other DTensors."""
+    mesh = groups[0].mesh_info.mesh
+    if any(group.mesh_info.mesh != mesh for group in groups):
+        raise ValueError("the model's modules are sharded over different meshes: give fully_shard the same one")
+    for name, parameter in parameters.items():
+        if not isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{name} is not sharded just now, in a model that fully_shard was applied to: call reshard() on its "
+                "modules before building the regulariser, and leave ignored parameters out with parameters=[...]"
+            )
+        sharded = [placement for placement in parameter.placements if type(placement) is Shard]
+        others = [placement for placement in parameter.placements if not placement.is_replicate()]
+        if parameter.device_mesh != mesh or len(sharded) != 1 or sharded != others:
+            raise ValueError(
+                f"{name} is a DTensor over {parameter.device_mesh} placed {parameter.placements}: tensor parallel "
+                "is not supported, use fully_shard alone"
+            )
+    return mesh
+
+
+def _ranks(mesh, process_group) -> tuple[Ranks, Ranks]:
+    """All ranks of the mesh, and those with the shards of one copy of the model."""
+    if mesh.ndim == 1:
+        shards = Ranks(mesh.get_group())
+        everyone = shards
+    elif mesh.ndim == 2 and mesh.size() == dist.get_world_size():
+        everyone, shards = Ranks(None), Ranks(mesh.get_group(1))
+    else:
+        raise ValueError(
+            f"the model is sharded over {mesh}: give fully_shard a mesh of one dimension, or one of two "
+            "(replicate, shard) over all ranks"
+        )
+    if process_group is not None and dist.get_process_group_ranks(process_group) != mesh.mesh.flatten().tolist():
+        raise ValueError("process_group has other ranks than the mesh that the model is sharded over: leave it out")
+    return everyone, shards
+
+
+def _place(parameter: DTensor) -> dict[str, list[int]]:
+    size, first = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    return {"shape": list(parameter.shape), "first": list(first), "size": list(size)}

@@ -1,0 +1,139 @@
+"""State saved by two ranks or one goes on, on two ranks or one, as if nothing had happened."""
+
+import copy
+import json
+
+import pytest
+import torch
+from runs import Case, Run, rows_of
+from steps import WEIGHT
+from tiny import tiny_llama
+
+from ssiuu_fast import SSIUURegularizer, load_regularizer, save_regularizer
+
+UNEVEN = {"intermediate_size": 5, "num_key_value_heads": 1, "head_dim": 1}
+
+
+def case_of(engine, options):
+    dtype = torch.float32 if "state_dtype" in options else torch.float64
+    return Case(engine=engine, dtype=dtype, options=options, model=UNEVEN)
+
+
+def first_half(rank, engine, options, folder):
+    run = Run(case_of(engine, options), rank)
+    for number in range(3):
+        run.step(number)
+    # twice: the files of the first go
+    save_regularizer(run.regularizer, folder)
+    save_regularizer(run.regularizer, folder)
+    weights = run.weights()
+    for number in range(3, 5):
+        run.step(number)
+    return weights, run.figures[3:], run.whole_references()
+
+
+def second_half(rank, engine, options, folder, weights):
+    run = Run(case_of(engine, options), rank)
+    run.put(weights)
+    load_regularizer(run.regularizer, folder)
+    loaded = run.whole_references()
+    for number in range(3, 5):
+        run.step(number)
+    return run.figures, loaded
+
+
+LAYOUTS = ["one", "ddp", "fsdp2"]
+
+
+def on(two_ranks, layout, function, *arguments):
+    return function(None, "ddp", *arguments) if layout == "one" else two_ranks(function, layout, *arguments)[0]
+
+
+@pytest.mark.parametrize("saved_by", LAYOUTS)
+@pytest.mark.parametrize("loaded_by", LAYOUTS)
+@pytest.mark.parametrize("options", [{}, {"state_dtype": torch.bfloat16}, {"state_dtype": "8bit"}], ids=str)
+def test_another_number_of_ranks(two_ranks, tmp_path, saved_by, loaded_by, options):
+    weights, figures, _ = on(two_ranks, saved_by, first_half, options, tmp_path)
+    assert len(list(tmp_path.iterdir())) == (3 if saved_by == "fsdp2" else 2)
+    resumed, _ = on(two_ranks, loaded_by, second_half, options, tmp_path, weights)
+    bound = 1e-9 if not options else 0.05 if options["state_dtype"] == "8bit" else 1e-3
+    for theirs, ours in zip(resumed, figures, strict=True):
+        assert theirs["penalty"] == pytest.approx(ours["penalty"], rel=bound)
+    if saved_by == loaded_by:
+        # the same layout: bit by bit
+        assert resumed == figures
+
+
+def test_damaged_and_other_states(tmp_path):
+    model = tiny_llama()
+    run = Run(Case())
+    run.step(0)
+    with pytest.raises(FileNotFoundError, match=r"has no regularizer\.json"):
+        load_regularizer(run.regularizer, tmp_path)
+    save_regularizer(run.regularizer, tmp_path)
+    fresh = SSIUURegularizer(model, weight=WEIGHT)
+    unchanged = copy.deepcopy(fresh.state_dict())
+
+    def refused(regularizer, message):
+        with pytest.raises(ValueError, match=message):
+            load_regularizer(regularizer, tmp_path)
+        assert regularizer.state_dict() == {**unchanged, "settings": regularizer.state_dict()["settings"]}
+
+    refused(SSIUURegularizer(model, weight=WEIGHT, every=2), "every=1, this regulariser every=2")
+    refused(SSIUURegularizer(model, weight=WEIGHT, parameters=["*up_proj*"]), "of other parameters")
+    refused(SSIUURegularizer(tiny_llama(intermediate_size=8), weight=WEIGHT), r"mlp\..* as \[")
+    (tensors,) = tmp_path.glob("*.safetensors")
+    whole = tensors.read_bytes()
+    tensors.write_bytes(whole[:1000])
+    refused(fresh, "can't be read")
+    tensors.write_bytes(whole)
+    path = tmp_path / "regularizer.json"
+    content = json.loads(path.read_text())
+    path.write_text("[1, 2]")
+    refused(fresh, "damaged or of another kind")
+    path.write_text(json.dumps(content | {"version": 7}))
+    refused(fresh, "state version 7")
+    path.write_text(json.dumps(content))
+    load_regularizer(fresh, tmp_path)
+    assert fresh.state_dict()["step"] == 1
+
+
+def test_a_save_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
+    run = Run(Case())
+    run.step(0)
+    save_regularizer(run.regularizer, tmp_path)
+    before = copy.deepcopy(run.regularizer.state_dict())
+    run.step(1)
+    replace = __import__("os").replace
+
+    def no_json(source, target):
+        if str(target).endswith(".json"):
+            raise OSError("the disk is full")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", no_json)
+    with pytest.raises(OSError, match="disk is full"):
+        save_regularizer(run.regularizer, tmp_path)
+    monkeypatch.undo()
+    other = SSIUURegularizer(run.inner, weight=WEIGHT)
+    load_regularizer(other, tmp_path)
+    after = other.state_dict()
+    assert after["step"] == before["step"] == 1
+    for name, tensor in before["references"].items():
+        assert (after["references"][name] == tensor).all()
+
+
+def test_neurons_are_saved_in_one_process(tmp_path):
+    model = tiny_llama()
+    from tiny import log_probs_of
+
+    options = {"granularity": "neuron", "weight": 1.0, "reference": "initial"}
+    regularizer = SSIUURegularizer(model, **options)
+    rows = rows_of(0, Case())
+    regularizer.set_reference([(log_probs_of(model, rows), None, torch.arange(6))])
+    save_regularizer(regularizer, tmp_path)
+    other = SSIUURegularizer(model, **options)
+    load_regularizer(other, tmp_path)
+    saved, loaded = regularizer.state_dict(), other.state_dict()
+    assert loaded["reference_ids"] == saved["reference_ids"]
+    assert all((loaded["references"][name] == tensor).all() for name, tensor in saved["references"].items())
