@@ -11,6 +11,7 @@ from ssiuu_fast.data.collate import Encoder, collate
 from ssiuu_fast.data.example import Example
 from ssiuu_fast.data.tofu import load_split
 from ssiuu_fast.evaluation import scores
+from ssiuu_fast.evaluation.forwards import batch_log_probs, evaluating
 from ssiuu_fast.models import new_llama, train_tokenizer
 
 real_data = pytest.mark.skipif("SSIUU_TEST_DATA" not in os.environ, reason="SSIUU_TEST_DATA is not set")
@@ -44,8 +45,8 @@ def test_log_probs_are_those_of_one_row_alone(known):
     model, encoder, examples = known
     rows = [encoder.encode(row) for row in (examples[0], examples[7], examples[3])]
     batch = collate(rows, encoder.pad_id)
-    with scores.evaluating(model):
-        together = scores._log_probs(model, batch)
+    with evaluating(model):
+        together = batch_log_probs(model, batch)
         for row, value in zip(rows, together, strict=True):
             logits = model(torch.tensor([row.input_ids])).logits.log_softmax(dim=-1)[0]
             alone = sum(logits[place - 1, label] for place, label in enumerate(row.labels) if label != -100)
