@@ -5,6 +5,7 @@ batches, and has the whole result in the end. A rank that calls alone waits for 
 """
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -102,7 +103,7 @@ def log_probs_of_answers(
 
     with evaluating(model), progress_bar(progress, len(rows), "answers") as bar:
         log_probs = over_ranks(model, lengths, batch_size, work, bar)
-    require_numbers(torch.tensor(log_probs))
+    require_numbers(all(map(math.isfinite, log_probs)))
     return log_probs, [sum(label != IGNORE for label in row.labels) for row in rows]
 
 
@@ -125,8 +126,9 @@ def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
     return model(**inputs).logits, labels
 
 
-def require_numbers(values: torch.Tensor) -> None:
-    if not values.isfinite().all():
+def require_numbers(finite: bool) -> None:
+    """Raises FloatingPointError where what a model gave isn't finite."""
+    if not finite:
         raise FloatingPointError("the model's outputs are not numbers, so it has no score: its weights are broken")
 
 

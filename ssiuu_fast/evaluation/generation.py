@@ -68,7 +68,7 @@ def generate_answers(
             if prompts:
                 # greedy decoding takes NaN for an answer; every rank looks at the same rows, and raises or goes on
                 first = sorted(range(len(prompts)), key=lambda row: -lengths[row])[:batch_size]
-                require_numbers(model(**inputs(first), use_cache=False).logits[:, -1])
+                require_numbers(bool(model(**inputs(first), use_cache=False).logits[:, -1].isfinite().all()))
             if lockstep:
                 _enter_from_the_root(model)
             return over_ranks(model, lengths, batch_size, work, bar)

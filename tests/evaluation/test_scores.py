@@ -1,4 +1,3 @@
-import json
 import os
 import warnings
 from pathlib import Path
@@ -219,17 +218,3 @@ def test_a_sampled_threshold_is_near_the_exact_one():
 def test_mismatched_pairs_of_forget01():
     rows = load_split(Path(os.environ["SSIUU_TEST_DATA"], "tofu"), "forget01")
     assert scores.mismatched_threshold(rows) == pytest.approx(0.183, abs=5e-4)
-
-
-@real_data
-@pytest.mark.parametrize("log", ["Llama-3.2-1B-Instruct_full_forget01", "Llama-3.2-1B-Instruct_retain99"])
-def test_rouge_l_recall_of_another_frameworks_logs(log):
-    logged = json.loads(Path(os.environ["SSIUU_TEST_DATA"], "tofu_logs", f"{log}.json").read_text())
-    checked = 0
-    for name, metric in logged.items():
-        if name.endswith("_ROUGE"):
-            for row in metric["value_by_index"].values():
-                ours = scores.rouge_l_recall(row["generation"], row["ground_truth"])
-                assert ours == pytest.approx(row["rougeL_recall"], abs=1e-9), (name, row["ground_truth"])
-                checked += 1
-    assert checked == 40 + 400 + 100 + 117
