@@ -118,7 +118,8 @@ def answer_logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[tor
     device = device_of(model)
     labels = batch["labels"].to(device)
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(own.forward).parameters:
         # logits are needed from just before the first answer token of the batch; long prompts need none
         first = int((batch["labels"] != IGNORE).any(dim=0).int().argmax())
         keep = labels.shape[1] - first + 1
