@@ -45,7 +45,7 @@ def forward_module(model: nn.Module) -> nn.Module:
     An evaluation has no gradients to reduce, its shapes change too often to compile, and adapters inside the layers
     work without their wrapper. What FSDP2 shards is called from its root.
     """
-    while isinstance(model, nn.parallel.DistributedDataParallel | torch._dynamo.OptimizedModule):
+    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
     if hasattr(model, "get_base_model") and not _shards(model) and not model.active_peft_config.is_prompt_learning:
         return model.get_base_model()

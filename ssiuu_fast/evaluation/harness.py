@@ -89,12 +89,16 @@ def _harness():
 def _members(manager, task: str) -> dict[str, int]:
     """Name and items of each task that a task or group is made of."""
     try:
-        loaded = manager.load([task])["tasks"]
+        loaded = manager.load([task])
     except KeyError:
         raise ValueError(
             f"lm-evaluation-harness has no task {task!r}, and that is no YAML file either; `lm-eval ls tasks` lists all"
         ) from None
-    return {name: len(member.eval_docs) for name, member in loaded.items()}
+    if len(loaded["tasks"]) > 1 and not loaded["groups"]:
+        raise ValueError(
+            f"{task} is a tag of tasks that have no common score: name some of {', '.join(loaded['tasks'])}"
+        )
+    return {name: len(member.eval_docs) for name, member in loaded["tasks"].items()}
 
 
 def _first_items(members: dict[str, int], items: int) -> dict[str, list[int]]:

@@ -115,12 +115,15 @@ def stub(monkeypatch):
             row = {"alias": task, "exact_match,flexible-extract": 0.3, "exact_match,strict-match": 0.25}
         return {"results": {task: row}}
 
-    members = {"mmlu": {"mmlu_law": 30, "mmlu_art": 5}, "gsm8k": {"gsm8k": 100}}
+    members = {"mmlu": {"mmlu_law": 30, "mmlu_art": 5}, "gsm8k": {"gsm8k": 100}, "sums": {"add": 3, "subtract": 3}}
 
     class TaskManager:
         def load(self, tasks):
             loaded = members[tasks[0]]
-            return {"tasks": {name: SimpleNamespace(eval_docs=[0] * size) for name, size in loaded.items()}}
+            return {
+                "tasks": {name: SimpleNamespace(eval_docs=[0] * size) for name, size in loaded.items()},
+                "groups": {"mmlu": None} if tasks == ["mmlu"] else {},
+            }
 
     parts = {
         "lm_eval": {"simple_evaluate": simple_evaluate},
@@ -156,6 +159,10 @@ def test_what_the_harness_is_asked_and_what_is_taken_from_its_answer(model_and_t
     assert (tasks, {name: len(items) for name, items in samples.items()}) == (["mmlu"], {"mmlu_art": 5, "mmlu_law": 7})
     with pytest.raises(ValueError, match="has no task 'chess'"):
         harness.harness_scores(model, tokenizer, ["chess"])
+    with pytest.raises(
+        ValueError, match="sums is a tag of tasks that have no common score: name some of add, subtract"
+    ):
+        harness.harness_scores(model, tokenizer, ["sums"])
     with pytest.raises(ValueError, match="items=0"):
         harness.harness_scores(model, tokenizer, ["mmlu"], items=0)
 

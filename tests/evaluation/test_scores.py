@@ -1,3 +1,4 @@
+import copy
 import os
 import warnings
 from pathlib import Path
@@ -10,7 +11,7 @@ from ssiuu_fast.data.collate import Encoder, collate
 from ssiuu_fast.data.example import Example
 from ssiuu_fast.data.tofu import load_split
 from ssiuu_fast.evaluation import scores
-from ssiuu_fast.evaluation.forwards import batch_log_probs, evaluating
+from ssiuu_fast.evaluation.forwards import batch_log_probs, evaluating, log_probs_of_answers
 from ssiuu_fast.models import new_llama, train_tokenizer
 
 real_data = pytest.mark.skipif("SSIUU_TEST_DATA" not in os.environ, reason="SSIUU_TEST_DATA is not set")
@@ -102,6 +103,35 @@ def test_generation_stays_within_the_models_positions(known):
     full = new_llama(encoder.tokenizer, hidden_size=16, layers=1, heads=2, max_positions=prompt)
     with pytest.raises(ValueError, match=f"a prompt of {prompt} tokens fills the model's {prompt} positions"):
         scores.generate_answers(full, encoder, examples[:1], 200)
+
+
+def test_adapters_are_scored_in_place_and_their_model_keeps_its_settings(known):
+    from peft import LoraConfig, get_peft_model
+
+    model, encoder, examples = known
+    model = copy.deepcopy(model)
+    own = model.generation_config
+    torch.manual_seed(0)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj"], r=4, init_lora_weights=False))
+    asked = [(row, row.answer) for row in examples[:6]]
+    found, _ = log_probs_of_answers(adapted, encoder, asked)
+    answers = scores.generate_answers(adapted, encoder, examples[:6], 16)
+    assert model.generation_config is own and adapted.generation_config is own
+    merged = adapted.merge_and_unload()
+    assert found == pytest.approx(log_probs_of_answers(merged, encoder, asked)[0], rel=1e-4)
+    assert found != pytest.approx(log_probs_of_answers(known[0], encoder, asked)[0], rel=1e-2)
+    assert answers == scores.generate_answers(merged, encoder, examples[:6], 16)
+
+
+def test_a_compiled_model_is_scored_without_its_graph(known):
+    model, encoder, examples = known
+
+    def refuse(*_):
+        raise AssertionError("compiled")
+
+    compiled = torch.compile(model, backend=refuse)
+    assert scores.score(compiled, encoder, examples[:3]).values == [1.0] * 3
+    assert scores.generate_answers(compiled, encoder, examples[:1], 16) == [examples[0].answer]
 
 
 def test_every_modules_mode_is_put_back(known):
