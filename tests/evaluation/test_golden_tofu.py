@@ -101,14 +101,19 @@ def test_rouge_l_recall_of_each_generation(log, name):
 
 
 def test_model_utility(log):
+    """From the logged losses, probabilities and texts on, with nothing that the log aggregated."""
     sets = {}
     for name, (short, paraphrased) in SETS.items():
-        aggregates = {
-            "probability": log[f"{short}_Q_A_Prob" + ("" if paraphrased else "_normalised")]["agg_value"],
-            "rouge_l_recall": log[f"{short}_Q_A_ROUGE"]["agg_value"],
-            "truth_ratio": _truth_ratio(log, short)["agg_value"],
+        own, wrong = (_values(log[f"{short}_Q_A_{metric}"], "prob") for metric in ("Prob", "PERT_Prob"))
+        if not paraphrased:
+            own = [tofu_metrics.normalised_probability(p, w) for p, w in zip(own, wrong, strict=True)]
+        rouge = log[f"{short}_Q_A_ROUGE"]
+        texts = zip(_values(rouge, "generation"), _values(rouge, "ground_truth"), strict=True)
+        sets[name] = {
+            "probability": Metric(own, fmean(own)),
+            "rouge_l_recall": Metric([], fmean(rouge_l_recall(generation, truth) for generation, truth in texts)),
+            "truth_ratio": loss_metrics(name, _losses(log, name))["truth_ratio"],
         }
-        sets[name] = {metric: Metric([], aggregate) for metric, aggregate in aggregates.items()}
     assert TofuReport(sets, None).model_utility == pytest.approx(log["model_utility"]["agg_value"], **EXACT)
 
 

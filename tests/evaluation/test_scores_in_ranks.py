@@ -1,7 +1,6 @@
 """Scores in two processes, each with a part of the rows, are those of one process."""
 
 import json
-import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -148,10 +147,7 @@ def _rank(rank, folder):
 @pytest.fixture(scope="module")
 def in_two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    # the processes import this file by its name
-    sys.path.insert(0, str(Path(__file__).parent))
     torch.multiprocessing.spawn(_rank, args=(str(folder),), nprocs=RANKS)
-    sys.path.pop(0)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
 
 
