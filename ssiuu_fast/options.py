@@ -219,8 +219,8 @@ class EvaluateOptions:
             lm-evaluation-harness).
         tofu: folder or hub name of TOFU with its perturbed splits, for score=tofu.
         forget_split: what was to be forgotten, for score=tofu.
-        retain_model: a model that never saw the forget split, for forget quality; or
-        retain_log: results.json of such a model's score=tofu, or an OpenUnlearning log of it.
+        retain_model: a model that never saw the forget split, for forget quality (or give retain_log).
+        retain_log: results.json of score=tofu on such a model, or an OpenUnlearning log of it.
         tasks: names of the harness's tasks, with commas between them, for score=harness.
         items: how many of each task.
         style: see unlearn.
