@@ -1,7 +1,6 @@
 """The commands of `ssiuu-fast`. cli.py reads the flags, options.py explains them, this does the work."""
 
 import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -41,6 +40,7 @@ from ssiuu_fast.planning.skeleton import read_config
 from ssiuu_fast.report.influence_page import study_text, write_page
 from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.runs import RunFolder
+from ssiuu_fast.scoring import prepare
 from ssiuu_fast.unlearning import unlearn
 
 # the learning rate at which the paper's models were taught TOFU; attacks take multiples of it
@@ -199,14 +199,13 @@ def attack(options: AttackOptions) -> None:
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Score a model on a data set."""
-    rows = load_examples(options.data)
+    """Score a model on a data set, on the whole of TOFU, or on tasks of lm-evaluation-harness."""
+    scoring = prepare(options, lambda place: _load_from(place, options))
     model, encoder = _load(options)
     run = RunFolder.create(options.output, "evaluate", asdict(options))
-    kind, values = _scored(options.score, model, encoder, rows)
-    mean = statistics.mean(values)
-    run.write_json("results.json", {"kind": kind, "mean": mean, "values": values})
-    print(table(["data", "rows", kind], [[options.data, str(len(rows)), f"{mean:.4f}"]]))
+    scored = scoring(model, encoder)
+    run.write_json("results.json", scored.results)
+    print(table(scored.header, scored.lines))
     print(f"written to {run.path}")
 
 
@@ -320,24 +319,6 @@ def _both_scores(
 ) -> dict[str, float | None]:
     kept = None if test is None else scores.score(model, encoder, test, progress=True).mean
     return {"FS": scores.score(model, encoder, forget, progress=True).mean, "RS": kept}
-
-
-def _scored(how: str, model, encoder: Encoder, rows: Sequence[Example]) -> tuple[str, list[float]]:
-    if how == "log_prob":
-        return "accuracy (log-prob)", list(
-            map(float, scores.option_log_prob_correct(model, encoder, rows, progress=True))
-        )
-    if how == "generated":
-        return "accuracy (generated)", list(
-            map(float, scores.option_generated_correct(model, encoder, rows, progress=True))
-        )
-    if how == "rouge":
-        answers = scores.generate_answers(model, encoder, rows, progress=True)
-        return "rouge_l_recall", [
-            scores.rouge_l_recall(text, row.answer) for text, row in zip(answers, rows, strict=True)
-        ]
-    result = scores.score(model, encoder, rows, progress=True)
-    return result.kind, result.values
 
 
 def _noted_teaching_rate(model: str) -> float:

@@ -14,6 +14,7 @@ from ssiuu_fast.correlation import Correlation, check_same_neurons, correlation
 from ssiuu_fast.data.collate import IGNORE, Encoder, length_sorted_batches
 from ssiuu_fast.data.example import Example
 from ssiuu_fast.evaluation import scores
+from ssiuu_fast.evaluation.forwards import evaluating
 from ssiuu_fast.evaluation.logit_lens import Decoder, LogitLens, lens_batches, logit_lens
 from ssiuu_fast.influence import InfluenceVariation, influence_variation
 from ssiuu_fast.objectives.log_probs import answer_log_probs
@@ -241,7 +242,7 @@ def _probabilities(model, encoder: Encoder, rows: Sequence[Example], batch_size:
     """Means of P(answer), of exp(log P / tokens), and of P(1 - P)."""
     device = next(model.parameters()).device
     totals = torch.zeros(3, dtype=torch.float64)
-    with scores.evaluating(model):
+    with evaluating(model):
         encoded = [encoder.encode(row) for row in rows]
         for _, batch in length_sorted_batches(encoded, batch_size, pad_id=encoder.pad_id):
             log_probs = answer_log_probs(model, on_device(batch, device)).double().cpu()

@@ -50,7 +50,7 @@ class MemorizeOptions:
     """What is memorised, and by which model.
 
     Args:
-        data: people, people:SPLIT, TOFU-FOLDER:SPLIT, locuslab/TOFU:SPLIT, or a JSONL file.
+        data: people, people:SPLIT, TOFU-FOLDER:SPLIT, locuslab/TOFU:SPLIT, faithun:FOLDER:SPLIT, or a JSONL file.
         output: a new folder; the model goes to its subfolder "model".
         model: folder or hub name of a model to fine-tune. Left open: a small Llama of the sizes below, with a tokenizer
             trained on the data.
@@ -214,7 +214,15 @@ class EvaluateOptions:
         model: folder or hub name of the model.
         data: rows to score, in the forms that unlearn takes.
         score: auto (rows with options by log-prob multiple choice, others by ROUGE-L recall), log_prob or generated
-            (multiple choice in either form), or rouge.
+            (multiple choice in either form), rouge, probability, truth_ratio (rows with perturbed answers),
+            extraction_strength, exact_memorisation; or, without data, tofu (its whole table) or harness (tasks of
+            lm-evaluation-harness).
+        tofu: folder or hub name of TOFU with its perturbed splits, for score=tofu.
+        forget_split: what was to be forgotten, for score=tofu.
+        retain_model: a model that never saw the forget split, for forget quality (or give retain_log).
+        retain_log: results.json of score=tofu on such a model, or an OpenUnlearning log of it.
+        tasks: names of the harness's tasks, with commas between them, for score=harness.
+        items: how many of each task.
         style: see unlearn.
         max_length: see unlearn.
         dtype: weights in memory; auto is the checkpoint's.
@@ -223,8 +231,25 @@ class EvaluateOptions:
     """
 
     model: str
-    data: str
-    score: Literal["auto", "log_prob", "generated", "rouge"] = "auto"
+    data: str | None = None
+    score: Literal[
+        "auto",
+        "log_prob",
+        "generated",
+        "rouge",
+        "probability",
+        "truth_ratio",
+        "extraction_strength",
+        "exact_memorisation",
+        "tofu",
+        "harness",
+    ] = "auto"
+    tofu: str = "locuslab/TOFU"
+    forget_split: Literal["forget01", "forget05", "forget10"] = "forget01"
+    retain_model: str | None = None
+    retain_log: str | None = None
+    tasks: str = "mmlu,gsm8k,hellaswag,arc_challenge,winogrande"
+    items: int = 500
     style: Literal["auto", "chat", "plain"] = "auto"
     max_length: int = 512
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -232,7 +257,14 @@ class EvaluateOptions:
     output: str | None = None
 
     def __post_init__(self):
-        _require(self, 1, "max_length")
+        _require(self, 1, "max_length", "items")
+        if (self.data is None) != (self.score in ("tofu", "harness")):
+            other = "has its own data: leave data out" if self.data is not None else "needs data: the rows to score"
+            raise ValueError(f"score={self.score} {other}")
+        if self.score != "tofu" and (self.retain_model or self.retain_log):
+            raise ValueError(f"a retain model is what score=tofu compares with, not score={self.score}")
+        if self.retain_model and self.retain_log:
+            raise ValueError("give retain_model or retain_log, not both: each is one model's truth ratios")
 
 
 @dataclass

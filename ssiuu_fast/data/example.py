@@ -15,6 +15,9 @@ class Example:
     subject: who or what the fact is about (a person's name, an author's index); rows of one subject belong together.
     turns: earlier (role, text) turns of a chat, a system turn first if there is one.
     verbatim: prompt and answer are joined as they stand, without any template.
+    paraphrased_answer: the right answer in other words.
+    perturbed_answers: wrong answers worded like `paraphrased_answer`, for the truth ratio; unlike false_options they
+        don't make a row multiple choice.
     """
 
     prompt: str
@@ -24,6 +27,8 @@ class Example:
     subject: str | None = None
     turns: tuple[tuple[str, str], ...] = ()
     verbatim: bool = False
+    paraphrased_answer: str | None = None
+    perturbed_answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,19 @@ _FIRST_AUTHOR = {
     "real_authors_perturbed": None, "world_facts_perturbed": None,
 }  # fmt: skip
 SPLITS = tuple(_FIRST_AUTHOR)
-_EXPECTED = '{"question", "answer"} and, by split, "option1" to "option4" or "paraphrased_question"'
+_EXPECTED = (
+    '{"question", "answer"} and, by split, "option1" to "option4", or "perturbed_answer", "paraphrased_answer" and '
+    '"paraphrased_question"'
+)
 
 
 def load_split(source, split: str) -> list[Example]:
     """The rows of one split, in order.
 
     source: a folder with `<split>.json` (one JSON object a line), or a hub name such as "locuslab/TOFU". `subject` is
-    the author's index, 0 to 199, "option1" to "option4" become false options, "paraphrased_question" the paraphrase.
-    Raises ValueError for an unknown split or a broken row.
+    the author's index, 0 to 199, "option1" to "option4" become false options, "paraphrased_question" the paraphrase;
+    "paraphrased_answer" and "perturbed_answer" keep their names. Raises ValueError for an unknown split or a broken
+    row.
     """
     if split not in _FIRST_AUTHOR:
         raise ValueError(f"unknown TOFU split {split!r}; known: {', '.join(SPLITS)}")
@@ -80,5 +84,26 @@ def _rows(source, split: str) -> Iterable[tuple[str, dict]]:
 def _example(row: dict, subject: str | None) -> Example:
     answer = text(row, "answer")
     options = [text(row, f"option{number}") for number in range(1, 5)] if "option1" in row else []
-    paraphrase = text(row, "paraphrased_question") if row.get("paraphrased_question") is not None else None
-    return Example(text(row, "question"), answer, false_options(options, answer), paraphrase, subject)
+    return Example(
+        text(row, "question"),
+        answer,
+        false_options(options, answer),
+        _optional_text(row, "paraphrased_question"),
+        subject,
+        paraphrased_answer=_optional_text(row, "paraphrased_answer"),
+        perturbed_answers=_perturbed_answers(row),
+    )
+
+
+def _optional_text(row: dict, name: str) -> str | None:
+    return None if row.get(name) is None else text(row, name)
+
+
+def _perturbed_answers(row: dict) -> tuple[str, ...]:
+    given = row.get("perturbed_answer")
+    if given is None:
+        return ()
+    # the five of a row may repeat each other, and each counts
+    if not isinstance(given, list) or not given:
+        raise ValueError(f'field "perturbed_answer" is {given!r}, not a list of wrong answers')
+    return tuple(text({"perturbed_answer": answer}, "perturbed_answer") for answer in given)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssiuu_fast.data.collate import IGNORE, Encoder, length_sorted_batches
 from ssiuu_fast.data.example import Example
-from ssiuu_fast.evaluation.scores import evaluating
+from ssiuu_fast.evaluation.forwards import evaluating
 
 CHANCE = 0.5
 # of Llama, Qwen, Mistral and Gemma; GPT-2; NeoX; Phi

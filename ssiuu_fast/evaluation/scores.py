@@ -4,20 +4,17 @@ Every function puts the model into eval mode and back, runs without gradients on
 results in the order of its input.
 """
 
-import inspect
 import math
 import random
 import unicodedata
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
-
-from ssiuu_fast.data.collate import Encoder, collate_prompts, length_sorted_batches, length_sorted_indices
+from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.data.example import Example, require_rows
-from ssiuu_fast.ops.sequence_log_probs import sequence_log_probs
+from ssiuu_fast.evaluation.forwards import log_probs_of_answers
+from ssiuu_fast.evaluation.generation import generate_answers
 
 CHOICE_TEMPLATE = (
     "Answer the following question by simply selecting a proper answer among the given options. "
@@ -91,19 +88,11 @@ def option_log_prob_correct(
     FloatingPointError for a model whose log-probs aren't numbers.
     """
     _require_options(examples)
-    answers = [
-        (index, answer) for index, example in enumerate(examples) for answer in (example.answer, *example.false_options)
-    ]
-    rows = [encoder.encode(examples[index], answer=answer) for index, answer in answers]
-    log_probs = torch.empty(len(rows), dtype=torch.float64)
-    with evaluating(model), _bar(progress, len(rows), "options") as bar:
-        for indices, batch in length_sorted_batches(rows, batch_size, pad_id=encoder.pad_id):
-            log_probs[indices] = _log_probs(model, batch).double().cpu()
-            bar.update(len(indices))
-    _require_numbers(log_probs)
+    asked = [(example, answer) for example in examples for answer in (example.answer, *example.false_options)]
+    log_probs, _ = log_probs_of_answers(model, encoder, asked, batch_size, progress)
     correct, start = [], 0
     for example in examples:
-        gold, *others = log_probs[start : start + 1 + len(example.false_options)].tolist()
+        gold, *others = log_probs[start : start + 1 + len(example.false_options)]
         correct.append(all(gold > other for other in others))
         start += 1 + len(others)
     return correct
@@ -140,64 +129,6 @@ def chose_right(generated: str, example: Example) -> bool:
     return not any(_contains(text[len(gold) :], option) for option in others)
 
 
-def generate_answers(
-    model,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    max_new_tokens: int = 200,
-    batch_size: int = 64,
-    progress: bool = False,
-) -> list[str]:
-    """The greedy answer to each question, without special tokens and surrounding space.
-
-    The model's own generation settings (sampling, penalties) are set aside, except its end-of-turn ids, which end an
-    answer like the encoder's. Prompt and answer together stay within the model's positions. Raises FloatingPointError
-    for a model whose outputs aren't numbers.
-    """
-    from transformers import GenerationConfig
-
-    prompts = [encoder.encode_prompt(example) for example in examples]
-    longest = getattr(model.config, "max_position_embeddings", None)
-    answers = [""] * len(prompts)
-    own = model.generation_config
-    device = _device(model)
-    ends = _end_ids(own, encoder)
-    with evaluating(model), _bar(progress, len(prompts), "answers") as bar:
-        try:
-            # generate() fills every setting we leave open from the model's own: give it none to take
-            model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=encoder.pad_id)
-            for indices in length_sorted_indices([len(prompt) for prompt in prompts], batch_size):
-                batch = {
-                    name: value.to(device)
-                    for name, value in collate_prompts([prompts[i] for i in indices], encoder.pad_id).items()
-                }
-                if bar.n == 0:
-                    # greedy decoding takes NaN for an answer
-                    _require_numbers(model(**batch, use_cache=False).logits[:, -1])
-                length = batch["input_ids"].shape[1]
-                room = max_new_tokens if longest is None else min(max_new_tokens, longest - length)
-                if room < 1:
-                    raise ValueError(
-                        f"a prompt of {length} tokens fills the model's {longest} positions: nothing can be generated"
-                    )
-                settings = GenerationConfig(
-                    do_sample=False,
-                    num_beams=1,
-                    use_cache=True,
-                    max_new_tokens=room,
-                    eos_token_id=ends,
-                    pad_token_id=encoder.pad_id,
-                )
-                output = model.generate(**batch, generation_config=settings)
-                texts = encoder.tokenizer.batch_decode(output[:, length:].tolist(), skip_special_tokens=True)
-                for index, answer in zip(indices, texts, strict=True):
-                    answers[index] = answer.strip()
-                bar.update(len(indices))
-        finally:
-            model.generation_config = own
-    return answers
-
-
 def rouge_l_recall(prediction: str, reference: str) -> float:
     """Recall of ROUGE-L (`rouge_score`, stemmed): share of the reference's words in the longest common subsequence."""
     return _rouge().score(reference, prediction)["rougeL"].recall
@@ -219,36 +150,6 @@ def mismatched_threshold(examples: Sequence[Example], seed: int = 0, max_pairs: 
         draw = random.Random(seed)
         pairs = [(i, (i + draw.randrange(1, count)) % count) for i in (draw.randrange(count) for _ in range(max_pairs))]
     return sum(rouge_l_recall(examples[i].answer, examples[j].answer) for i, j in pairs) / len(pairs)
-
-
-@contextmanager
-def evaluating(model):
-    """Eval mode without gradients; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _log_probs(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    device = _device(model)
-    labels = batch["labels"].to(device)
-    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        # logits are needed from just before the first answer token of the batch; long prompts need none
-        first = int((batch["labels"] != -100).any(dim=0).int().argmax())
-        keep = labels.shape[1] - first + 1
-        return sequence_log_probs(model(**inputs, use_cache=False, logits_to_keep=keep).logits, labels[:, -keep:])
-    return sequence_log_probs(model(**inputs).logits, labels)
-
-
-def _require_numbers(values: torch.Tensor) -> None:
-    if not values.isfinite().all():
-        raise FloatingPointError("the model's outputs are not numbers, so it has no score: its weights are broken")
 
 
 def _require_options(examples: Sequence[Example]) -> None:
@@ -286,24 +187,8 @@ def _contains(text: str, option: str) -> bool:
     return False
 
 
-def _end_ids(generation_config, encoder: Encoder) -> list[int]:
-    own = generation_config.eos_token_id
-    own = [] if own is None else own if isinstance(own, list) else [own]
-    return sorted({*own, *encoder.end_ids})
-
-
-def _device(model) -> torch.device:
-    return next(model.parameters()).device
-
-
 @lru_cache(maxsize=1)
 def _rouge():
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def _bar(progress: bool, total: int, what: str):
-    from tqdm.auto import tqdm
-
-    return tqdm(total=total, desc=what, unit="row", disable=not progress or total == 0, leave=False)

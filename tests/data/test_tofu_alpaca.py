@@ -29,7 +29,16 @@ def folder(tmp_path):
     )
     write(
         "forget05_perturbed",
-        [{"question": "Q", "answer": "A", "paraphrased_question": "P", "perturbed_answer": ["X"]}] * 21,
+        [
+            {
+                "question": "Q",
+                "answer": "A",
+                "paraphrased_question": "P",
+                "paraphrased_answer": "B",
+                "perturbed_answer": ["X", "X"],
+            }
+        ]
+        * 21,
     )
     return tmp_path
 
@@ -39,7 +48,9 @@ def test_subjects_options_and_paraphrases(folder):
     assert [row.subject for row in forget] == ["198"] * 20 + ["199"] * 20
     assert tofu.load_split(folder, "real_authors") == [Example("Who?", "B", ("A", "C", "D"))]
     perturbed = tofu.load_split(folder, "forget05_perturbed")
-    assert perturbed[0] == Example("Q", "A", paraphrase="P", subject="190")
+    assert perturbed[0] == Example(
+        "Q", "A", paraphrase="P", subject="190", paraphrased_answer="B", perturbed_answers=("X", "X")
+    )
     assert perturbed[20].subject == "191"
 
 
@@ -58,6 +69,9 @@ def test_missing_files_and_folders_are_named(folder):
 def test_a_broken_row_names_file_and_line(folder):
     (folder / "full.json").write_text('{"question": "Q", "answer": "A"}\n{"question": "Q"}\n')
     with pytest.raises(ValueError, match=r'full\.json, line 2: field "answer" is missing'):
+        tofu.load_split(folder, "full")
+    (folder / "full.json").write_text('{"question": "Q", "answer": "A", "perturbed_answer": "B"}\n')
+    with pytest.raises(ValueError, match="full.json, line 1: field \"perturbed_answer\" is 'B', not a list"):
         tofu.load_split(folder, "full")
 
 
@@ -102,6 +116,10 @@ def test_the_published_splits():
     for split in tofu.SPLITS:
         rows = tofu.load_split(_data("tofu"), split)
         assert all(len(row.false_options) == (3 if split in ("real_authors", "world_facts") else 0) for row in rows)
+        # options are multiple choice, perturbed answers are for the truth ratio: a row has one of them or neither
+        perturbed = {"real": 3, "worl": 3}.get(split[:4], 5) if split.endswith("perturbed") else 0
+        assert {len(row.perturbed_answers) for row in rows} == {perturbed}
+        assert all((row.paraphrased_answer is not None) == (perturbed == 5) for row in rows)
     assert len(tofu.subset(_data("tofu")).memorised) == 400
 
 
