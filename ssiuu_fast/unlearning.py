@@ -72,6 +72,7 @@ def unlearn(
     retain: Sequence[Encoded] | None,
     *,
     objective: str,
+    objective_options: dict | None = None,
     learning_rate: float,
     threshold: float,
     forget_score: Callable[[], float],
@@ -93,7 +94,7 @@ def unlearn(
     Raises ValueError for an unknown objective, an empty forget set, an objective without the retain rows it needs, or
     micro-batches that the regulariser can't take.
     """
-    terms = make_objective(objective)
+    terms = make_objective(objective, **(objective_options or {}))
     if not forget:
         raise ValueError("the forget set is empty")
     if terms.needs_retain and not retain:
