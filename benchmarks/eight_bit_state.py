@@ -29,6 +29,7 @@ from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.experiment import PEOPLE, attack_task, memorise, people_task
 from ssiuu_fast.ops import penalty_
 from ssiuu_fast.references import empty_references
+from ssiuu_fast.trainer import UnlearningTrainer
 from ssiuu_fast.unlearning import unlearn
 
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "8bit": "8bit"}
@@ -66,13 +67,16 @@ class Shadowed(SSIUURegularizer):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.errors = {name: [] for name in STATES if name != "float32"}
-        self._shadows = {name: empty_references(self._parameters, state) for name, state in STATES.items()}
+        parameters = dict(zip(self.parameter_names, self.regularized_parameters, strict=True))
+        self._shadows = {name: empty_references(parameters, state) for name, state in STATES.items()}
         self._first = True
+        self._add_penalty = self._grain.add_penalty
+        self._grain.add_penalty = self._watched
 
-    def _add_penalty(self, batch):
+    def _watched(self, gradients, *rest):
         vectors = {}
         for name, references in self._shadows.items():
-            vectors[name] = [gradient.clone() for gradient in batch.gradients]
+            vectors[name] = [gradient.clone() for gradient in gradients.values()]
             penalty_(
                 vectors[name],
                 self.regularized_parameters,
@@ -86,17 +90,22 @@ class Shadowed(SSIUURegularizer):
                 gaps = [a - b for a, b in zip(vectors[name], vectors["float32"], strict=True)]
                 errors.append((torch.nn.utils.get_total_norm(gaps) / truth).item())
         self._first = False
-        return super()._add_penalty(batch)
+        return self._add_penalty(gradients, *rest)
+
+
+class ShadowedTrainer(UnlearningTrainer):
+    def new_regularizer(self, model, **options):
+        return Shadowed(model, **options)
 
 
 def now_and_then(measure, every):
-    """measure(), asked for in each `every`-th call and repeated in between."""
+    """measure(model), asked for in each `every`-th call and repeated in between."""
     calls, last = itertools.count(), None
 
-    def latest():
+    def latest(model):
         nonlocal last
         if next(calls) % every == 0:
-            last = measure()
+            last = measure(model)
         return last
 
     return latest
@@ -106,25 +115,32 @@ def run(task, recipe, taught, batches, state, seed, scored_every=1):
     start = time.perf_counter()
     model, tokenizer = models.load(taught)
     encoder = Encoder(tokenizer, max_length=recipe.max_positions)
-    kind = Shadowed if state == "float32" else SSIUURegularizer
-    regularizer = kind(model, relative_weight=recipe.relative_weight, state_dtype=STATES[state])
-    changes = []
+    changes, runs = [], []
+    kind = ShadowedTrainer if state == "float32" else UnlearningTrainer
+
+    def trainer(*arguments, **options):
+        runs.append(kind(*arguments, **options))
+        return runs[-1]
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         progress = unlearn(
             model,
-            [encoder.encode(row) for row in task.split.forget],
-            [encoder.encode(row) for row in task.split.retain],
+            encoder,
+            task.split.forget,
+            task.split.retain,
             objective="gd",
             learning_rate=recipe.unlearning_rate,
             threshold=task.threshold,
-            forget_score=now_and_then(lambda: score(model, encoder, task.split.forget).mean, scored_every),
-            regularizer=regularizer,
+            forget_score=now_and_then(lambda model: score(model, encoder, task.split.forget).mean, scored_every),
+            penalty={"relative_weight": recipe.relative_weight, "state_dtype": state},
             max_epochs=recipe.max_epochs,
             batch_size=recipe.batch_size,
             seed=seed,
             log=lambda row: changes.append(row["relative_change"]) if "relative_change" in row else None,
+            trainer=trainer,
         )
+    errors = runs[0].regularizer.errors if state == "float32" else {}
     retained = score(model, encoder, task.split.test).mean
     attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=progress.reached)
     return StateRow(
@@ -138,7 +154,7 @@ def run(task, recipe, taught, batches, state, seed, scored_every=1):
         penalty_share=progress.penalty_share,
         warned=any("compares rounding errors" in str(warning.message) for warning in said),
         change=quantiles(changes) if changes else None,
-        errors={name: quantiles(values) for name, values in regularizer.errors.items()} if state == "float32" else {},
+        errors={name: quantiles(values) for name, values in errors.items()},
         attacks={attack.name: attack.recovered for attack in attacks},
         seconds=time.perf_counter() - start,
     )

@@ -45,8 +45,6 @@ from ssiuu_fast.options import (
 )
 from ssiuu_fast.planning.plan import Plan
 from ssiuu_fast.planning.skeleton import read_config
-from ssiuu_fast.references import EIGHT_BIT, StateDtype
-from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
 from ssiuu_fast.report.influence_page import study_text, write_page
 from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.runs import RunFolder
@@ -126,20 +124,20 @@ def unlearn_command(options: UnlearnOptions) -> None:
         threshold = scores.default_threshold(forget)
         print(f"threshold: {threshold:.4f}, the score of a model that has these rows mixed up or guesses")
     model, encoder = _load(options)
-    regularizer = _regularizer(model, options) if method == "ssiuu" else None
-    forget_rows = [encoder.encode(row) for row in forget]
-    retain_rows = [encoder.encode(row) for row in retain] if retain and method != "ga" else None
+    penalty = _penalty(options) if method == "ssiuu" else None
+    for row in [*forget, *(retain or [])]:
+        encoder.encode(row)
     run = RunFolder.create(options.output, "unlearn", asdict(options) | {"method": method, "threshold": threshold})
     before = _both_scores(model, encoder, forget, test)
     progress = unlearn(
         model,
-        forget_rows,
-        retain_rows,
+        encoder,
+        forget,
+        retain if method != "ga" else None,
         objective="gd" if method == "ssiuu" else method,
         learning_rate=options.learning_rate,
         threshold=threshold,
-        forget_score=lambda: scores.score(model, encoder, forget).mean,
-        regularizer=regularizer,
+        penalty=penalty,
         max_epochs=options.max_epochs,
         batch_size=options.batch_size,
         micro_batch_size=options.micro_batch_size,
@@ -158,7 +156,7 @@ def unlearn_command(options: UnlearnOptions) -> None:
         + ("held-out rows." if options.test else "retain rows, which the run trained on." if retain else "–")
     )
     print(f"{progress.steps} steps, {progress.epochs} epochs, stopped by {progress.stopped_by}")
-    if regularizer is not None:
+    if penalty is not None:
         share = progress.penalty_share
         known = "" if share is None else f"; the penalty was {share:.1%} of the gradient on average"
         print(f"λ {_number(progress.weight)}{known}")
@@ -292,25 +290,11 @@ def _method(asked: str | None, retain: list[Example] | None) -> str:
     return asked or "ssiuu"
 
 
-def _regularizer(model, options: UnlearnOptions) -> SSIUURegularizer:
-    relative = options.relative_weight
-    if options.weight is None and relative is None:
-        relative = STARTING_RELATIVE_WEIGHT
-    return SSIUURegularizer(
-        model,
-        weight=options.weight or 0.0,
-        relative_weight=relative,
-        target=options.target,
-        granularity=options.granularity,
-        reference=options.reference,
-        one_sided=options.one_sided,
-        every=options.every,
-        state_dtype=_state_dtype(options.state_dtype),
-    )
-
-
-def _state_dtype(name: str | None) -> StateDtype:
-    return name if name in (None, EIGHT_BIT) else getattr(torch, name)
+def _penalty(options: UnlearnOptions) -> dict:
+    names = (
+        "weight", "relative_weight", "target", "granularity", "reference", "one_sided", "every", "state_dtype",
+    )  # fmt: skip
+    return {name: getattr(options, name) for name in names}
 
 
 def _load(options: UnlearnOptions | AttackOptions | EvaluateOptions):

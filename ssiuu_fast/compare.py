@@ -48,10 +48,12 @@ def run_sweep(
         _require_known(done, task)
         return sweep.ready(done)
 
+    # of several GPUs each process sees its own, as the first
+    in_process = replace(recipe, device=recipe.device and recipe.device.partition(":")[0])
     done = run_jobs(
         work,
         ready,
-        (sweep, task, recipe, str(start), parts.path),
+        (sweep, task, in_process, str(start), parts.path),
         description="runs",
         done=finished(sweep, parts),
         device=recipe.device,

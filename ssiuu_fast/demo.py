@@ -139,7 +139,7 @@ def report(rows: list[dict], unlearning: dict[tuple[str, int], dict]) -> str:
 
 def _reached(method: str, unlearning: dict[tuple[str, int], dict]) -> str:
     runs = [details for (name, _), details in unlearning.items() if name == method]
-    epochs = ", ".join(str(details["epochs"]) for details in runs)
+    epochs = ", ".join(f"{details['epochs']:g}" for details in runs)
     reached = sum(details["reached"] for details in runs)
     return f"- {method} reached the threshold in {reached} of {len(runs)} runs (epochs: {epochs})"
 

@@ -12,6 +12,7 @@ from ssiuu_fast import models
 from ssiuu_fast.data import people, tofu
 from ssiuu_fast.data.collate import PLAIN_PROMPT, Encoder
 from ssiuu_fast.data.example import Example, Split, refuse_overlap
+from ssiuu_fast.data.refusals import DEFAULT_REFUSAL
 from ssiuu_fast.data.sources import load_instructions
 from ssiuu_fast.evaluation.attacks import (
     BATCH_SIZE,
@@ -23,7 +24,8 @@ from ssiuu_fast.evaluation.attacks import (
 )
 from ssiuu_fast.evaluation.scores import default_threshold, score
 from ssiuu_fast.methods import method as method_named
-from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT, SSIUURegularizer
+from ssiuu_fast.objectives import OBJECTIVES
+from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.training import finetune
 from ssiuu_fast.unlearning import unlearn
@@ -244,7 +246,7 @@ def unlearn_logged(
     details = unlearn_task(
         model, encoder, method, seed, task, recipe, log=lambda row: run.log(f"{name}.steps.jsonl", row)
     )
-    say(f"{name}: forget score {details['scores'][0]:.2f} → {details['score']:.2f} in {details['epochs']} epochs")
+    say(f"{name}: forget score {details['scores'][0]:.2f} → {details['score']:.2f} in {details['epochs']:g} epochs")
     return details
 
 
@@ -254,17 +256,18 @@ def unlearn_task(
     """One unlearning run by a method as `methods.method` knows it; returns its `Progress.as_dict()`."""
     refuse_overlap(task.split.forget, task.split.retain)
     named = method_named(method)
-    regularizer = SSIUURegularizer(model, relative_weight=recipe.relative_weight) if named.penalised else None
     progress = unlearn(
         model,
-        [encoder.encode(row) for row in task.split.forget],
-        [encoder.encode(row) for row in task.split.retain],
+        encoder,
+        task.split.forget,
+        task.split.retain if OBJECTIVES[named.objective].needs_retain else None,
         objective=named.objective,
-        objective_options=recipe.objective_options.get(named.objective, {}),
+        objective_options=recipe.objective_options.get(named.objective),
         learning_rate=recipe.unlearning_rate,
         threshold=task.threshold,
-        forget_score=lambda: score(model, encoder, task.split.forget, max_new_tokens=recipe.max_new_tokens).mean,
-        regularizer=regularizer,
+        penalty={"relative_weight": recipe.relative_weight} if named.penalised else None,
+        refusals=[DEFAULT_REFUSAL],
+        max_new_tokens=recipe.max_new_tokens,
         max_epochs=recipe.max_epochs,
         batch_size=recipe.batch_size,
         micro_batch_size=recipe.micro_batch_size,

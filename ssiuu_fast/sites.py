@@ -116,6 +116,17 @@ _KIND_OF_PATH = {
     "attention.dense": "O",
     "mlp.dense_h_to_4h": "up",
     "mlp.dense_4h_to_h": "down",
+    # OPT
+    "self_attn.out_proj": "O",
+    "fc1": "up",
+    "fc2": "down",
+    # GPT-J
+    "attn.q_proj": "Q",
+    "attn.k_proj": "K",
+    "attn.v_proj": "V",
+    "attn.out_proj": "O",
+    "mlp.fc_in": "up",
+    "mlp.fc_out": "down",
 }
 _COLUMNS_OF_FUSED = {
     # Phi 3 and 4

@@ -1,294 +1,118 @@
-"""The unlearning loop: an objective, the penalty beside it, and an early stop at the forget threshold."""
+"""An unlearning run inside another program: no folder, nothing printed, every log row handed over."""
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 
-import torch
 from torch import nn
-from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from ssiuu_fast.data.collate import Encoded, collate
-from ssiuu_fast.objectives import make_objective
-from ssiuu_fast.objectives.log_probs import answer_log_probs
-from ssiuu_fast.objectives.objective import ForgetBatch, Objective, Totals
-from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
-from ssiuu_fast.regularizer import SSIUURegularizer
-from ssiuu_fast.sampling import epoch_batches, steps_per_epoch, wrapping_batch
-from ssiuu_fast.share import too_small
-from ssiuu_fast.training import clip, new_optimizer, on_device
-
-
-@dataclass
-class Progress:
-    """What an unlearning run did.
-
-    scores: forget score before the first step and after every epoch. kept_epoch: the epoch of the weights that the
-    model ends with; the last one, or where the threshold wasn't reached, the one with the lowest score.
-    """
-
-    threshold: float
-    scores: list[float] = field(default_factory=list)
-    steps: int = 0
-    kept_epoch: int = 0
-    stopped_by: str = "max_epochs"  # "threshold" | "max_epochs" | "divergence" | "already_met"
-    # None where the share isn't known, which is so at neuron granularity once λ is fixed
-    penalty_shares: list[float | None] = field(default_factory=list)
-    weight: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def reached(self) -> bool:
-        return self.stopped_by in ("threshold", "already_met")
-
-    @property
-    def epochs(self) -> int:
-        return len(self.scores) - 1
-
-    @property
-    def score(self) -> float:
-        """The forget score of the weights that the model ends with."""
-        return self.scores[self.kept_epoch]
-
-    @property
-    def penalty_share(self) -> float | None:
-        """Mean over the steps of ‖λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping; 0 without a penalty.
-
-        None if it isn't known in every step.
-        """
-        if None in self.penalty_shares:
-            return None
-        return sum(self.penalty_shares) / len(self.penalty_shares) if self.penalty_shares else 0.0
-
-    def as_dict(self) -> dict:
-        """Everything as JSON-ready values."""
-        derived = ("reached", "epochs", "score", "penalty_share")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+from ssiuu_fast.data.collate import Encoder
+from ssiuu_fast.data.example import Example
+from ssiuu_fast.loop.progress import FORGET_SCORE, Progress
+from ssiuu_fast.trainer import UnlearningTrainer
+from ssiuu_fast.trainer_config import UnlearningConfig
 
 
 def unlearn(
     model: nn.Module,
-    forget: Sequence[Encoded],
-    retain: Sequence[Encoded] | None,
+    encoder: Encoder,
+    forget: Sequence[Example],
+    retain: Sequence[Example] | None,
     *,
     objective: str,
-    objective_options: dict | None = None,
     learning_rate: float,
     threshold: float,
-    forget_score: Callable[[], float],
-    regularizer: SSIUURegularizer | None = None,
+    objective_options: dict | None = None,
+    penalty: Mapping | None = None,
+    refusals: Sequence[str] | None = None,
+    forget_score: Callable[[nn.Module], float] | None = None,
     max_epochs: int = 20,
     batch_size: int = 16,
     micro_batch_size: int | None = None,
+    max_new_tokens: int = 200,
     seed: int = 0,
     log: Callable[[dict], None] | None = None,
     description: str | None = None,
+    trainer: Callable[..., UnlearningTrainer] = UnlearningTrainer,
 ) -> Progress:
-    """Unlearns in place until forget_score() ≤ threshold, asked before the first step and after every epoch.
+    """Unlearns in place by an UnlearningTrainer until the forget score ≤ threshold; see there.
 
-    Every step takes batch_size forget rows (the sampler wraps around) and as many retain rows; an epoch is
-    one pass over the forget set. micro_batch_size splits both without changing the result. `log` receives one dict a
-    step and one an evaluation. A run that never reaches the threshold, or whose gradient stops being a number, ends
-    with the weights of its lowest score, and says so in `notes`.
-
-    Raises ValueError for an unknown objective, an empty forget set, an objective without the retain rows it needs, or
-    micro-batches that the regulariser can't take.
+    penalty: fields of UnlearningConfig such as {"relative_weight": 30}; None leaves the penalty out. micro_batch_size:
+    rows at once, at most; the result is the same. log: receives every row of the Trainer's log. A description shows a
+    progress bar.
     """
-    terms = make_objective(objective, **(objective_options or {}))
-    if not forget:
-        raise ValueError("the forget set is empty")
-    if terms.needs_retain and not retain:
-        raise ValueError(f"{terms.name} needs retain rows and there are none: give a retain set, or use objective 'ga'")
-    split = micro_batch_size is not None and micro_batch_size < batch_size
-    if split and regularizer is not None and not regularizer.takes_micro_batches:
+    device = next(model.parameters()).device
+    if device.type == "cuda" and device.index:
         raise ValueError(
-            f"micro_batch_size={micro_batch_size} is smaller than batch_size={batch_size}: neurons with "
-            "reference='previous' have attributions that are sums over the whole batch. Leave micro_batch_size out, or "
-            "use reference='initial'"
+            f"the model is on {device}, and a Trainer takes the first GPU it sees: set CUDA_VISIBLE_DEVICES="
+            f"{device.index} and leave the number out"
         )
-    log = log or (lambda row: None)
-    progress = Progress(threshold, [forget_score()])
-    log({"epoch": 0, "forget_score": progress.scores[0]})
-    if progress.scores[0] <= threshold:
-        progress.stopped_by = "already_met"
-        progress.notes.append(
-            f"the forget score is {progress.scores[0]:.3f} before the first step, already at or under the threshold "
-            f"{threshold:.3f}: nothing was unlearned. Does the model know what it is to forget?"
+    micro_batches = _micro_batches(batch_size, micro_batch_size)
+    with tempfile.TemporaryDirectory() as folder:
+        args = UnlearningConfig(
+            output_dir=folder,
+            objective=objective,
+            objective_options=objective_options,
+            learning_rate=learning_rate,
+            threshold=threshold,
+            regularize=penalty is not None,
+            **(penalty or {}),
+            num_train_epochs=max_epochs,
+            per_device_train_batch_size=batch_size // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+            style=encoder.style,
+            max_length=encoder.max_length,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            save_strategy="no",
+            use_cpu=device.type == "cpu",
+            disable_tqdm=description is None,
+            report_to="none",
         )
-        return progress
-
-    stepper = _Stepper(model, forget, retain, terms, regularizer, learning_rate, batch_size, micro_batch_size, seed)
-    if regularizer is not None and regularizer.reference == "initial":
-        stepper.set_reference()
-    best = _Best(model, progress.scores[0])
-    per_epoch = steps_per_epoch(len(forget), batch_size)
-    with tqdm(total=max_epochs * per_epoch, desc=description, disable=description is None) as bar:
-        try:
-            for epoch in range(1, max_epochs + 1):
-                for _ in range(per_epoch):
-                    row = stepper.step(progress.steps)
-                    progress.steps += 1
-                    if regularizer is not None:
-                        progress.penalty_shares.append(row["penalty_share"])
-                    log(row)
-                    bar.update()
-                progress.scores.append(forget_score())
-                log({"epoch": epoch, "step": progress.steps, "forget_score": progress.scores[-1]})
-                bar.set_postfix(forget=f"{progress.scores[-1]:.3f}", threshold=f"{threshold:.3f}")
-                best.offer(progress.scores[-1], epoch)
-                if progress.scores[-1] <= threshold:
-                    progress.stopped_by = "threshold"
-                    break
-        except FloatingPointError as error:
-            progress.stopped_by = "divergence"
-            progress.notes.append(f"after step {progress.steps}: {error}")
-    if not progress.reached:
-        best.restore()
-    progress.kept_epoch = best.epoch
-    progress.notes += _notes(progress, regularizer)
-    progress.weight = None if regularizer is None else regularizer.weight
-    model.eval()
-    return progress
-
-
-class _Stepper:
-    """One optimizer step: forget micro-batches with the penalty, then retain micro-batches."""
-
-    def __init__(
-        self, model, forget, retain, terms: Objective, regularizer, learning_rate, batch_size, micro_batch_size, seed
-    ):
-        self.model = model
-        self.forget = forget
-        self.retain = retain
-        self.terms = terms
-        self.regularizer = regularizer
-        self.optimizer = new_optimizer(model, learning_rate)
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size or batch_size
-        self.seed = seed
-        self.device = next(model.parameters()).device
-
-    def step(self, number: int) -> dict:
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        row = {"step": number + 1, "forget_nll": self._forget(number)}
-        if self.terms.needs_retain:
-            row["retain_nll"] = self._retain(number)
-        if self.regularizer is not None and self.regularizer.relative_weight is not None:
-            self.regularizer.after_backward()
-        row["gradient_norm"] = clip(self.model)
-        if not math.isfinite(row["gradient_norm"]):
-            raise FloatingPointError(f"the gradient's norm is {row['gradient_norm']}")
-        if self.regularizer is not None:
-            row |= _penalty_figures(self.regularizer, row["gradient_norm"])
-        self.optimizer.step()
-        return row
-
-    def set_reference(self) -> None:
-        """reference="initial": one pass over the forget set, in evaluation mode, at the starting weights."""
-        self.model.eval()
-        self.regularizer.set_reference(
-            self._reference_item(indices)
-            for indices in epoch_batches(len(self.forget), self.micro_batch_size, self.seed, 0)
+        run = trainer(
+            model,
+            args,
+            forget=forget,
+            retain=retain,
+            refusals=refusals,
+            processing_class=encoder.tokenizer,
+            forget_score=forget_score,
+            callbacks=None if log is None else [_HandOver(log)],
         )
-
-    def _reference_item(self, indices):
-        batch = on_device(collate([self.forget[index] for index in indices]), self.device)
-        return answer_log_probs(self.model, batch), answer_token_counts(batch["labels"]), torch.tensor(indices)
-
-    def _forget(self, number: int) -> float:
-        parts, sample_ids, totals = self._micro_batches(self.forget, self.seed, number)
-        total = 0.0
-        for index, part in enumerate(parts):
-            batch = ForgetBatch(part, samples=len(part["labels"]))
-            loss, log_probs = self.terms.forget_loss(self.model, batch, totals)
-            if not log_probs.isfinite().all():
-                raise FloatingPointError("a log-probability of the forget batch is not a number")
-            if self.regularizer is not None:
-                counts = answer_token_counts(part["labels"])
-                self.regularizer.backward(
-                    log_probs, last=index == len(parts) - 1, token_counts=counts, sample_ids=sample_ids[index]
-                )
-            loss.backward()
-            total -= log_probs.detach().sum().item()
-        return total / totals.tokens
-
-    def _retain(self, number: int) -> float:
-        # another stream of draws than the forget rows
-        parts, _, totals = self._micro_batches(self.retain, self.seed + 500_000, number)
-        total = 0.0
-        for part in parts:
-            loss = self.terms.retain_loss(self.model, part, totals)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    def _micro_batches(self, rows, seed: int, number: int):
-        """The batches, the indices of their rows, and what all hold together."""
-        indices = torch.tensor(wrapping_batch(len(rows), self.batch_size, seed, number)).split(self.micro_batch_size)
-        parts = [on_device(collate([rows[index] for index in some.tolist()]), self.device) for some in indices]
-        tokens = sum(int(answer_token_counts(part["labels"]).sum()) for part in parts)
-        return parts, indices, Totals(samples=sum(map(len, indices)), tokens=tokens)
+        # both print every row
+        run.remove_callback(PrinterCallback)
+        run.remove_callback(ProgressCallback)
+        if description is not None:
+            run.add_callback(_Bar(description))
+        run.train()
+        return run.progress()
 
 
-class _Best:
-    """The weights of the lowest score so far, in host memory; the starting weights until a step improves on them."""
+class _HandOver(TrainerCallback):
+    def __init__(self, log: Callable[[dict], None]):
+        self._log = log
 
-    def __init__(self, model: nn.Module, score: float):
-        self.model = model
-        self.epoch = 0
-        self.score = score
-        self._keep()
-
-    def offer(self, score: float, epoch: int) -> None:
-        if score < self.score:
-            self.score, self.epoch = score, epoch
-            self._keep()
-
-    def restore(self) -> None:
-        self.model.load_state_dict(self._weights)
-
-    def _keep(self) -> None:
-        self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+    def on_log(self, args, state, control, **kwargs):
+        self._log(state.log_history[-1])
 
 
-def _penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dict:
-    share = regularizer.penalty_share(gradient_norm)
-    if regularizer.step_was_skipped:
-        return {"penalty": None, "penalty_share": share}
-    last = regularizer.last_step
-    now_and_then = {} if last.relative_change is None else {"relative_change": last.relative_change}
-    if last.absent:
-        now_and_then["absent"] = last.absent
-    return now_and_then | {
-        "penalty": last.penalty,
-        "penalty_norm": last.added_norm,
-        "penalty_share": share,
-        "weight": last.weight,
-        "negative_share": last.negative_share,
-        "underflows": last.underflows,
-        "nonfinite": last.nonfinite,
-    }
+class _Bar(ProgressCallback):
+    """The Trainer's bar with the forget score beside it, and no rows in between."""
+
+    def __init__(self, description: str):
+        super().__init__()
+        self._description = description
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.training_bar.set_description(self._description)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if FORGET_SCORE in (logs or {}) and self.training_bar is not None:
+            self.training_bar.set_postfix(forget=f"{logs[FORGET_SCORE]:.3f}")
 
 
-def _notes(progress: Progress, regularizer: SSIUURegularizer | None) -> list[str]:
-    notes = []
-    kept = f"kept is epoch {progress.kept_epoch} with the lowest forget score, {progress.score:.3f}"
-    if progress.stopped_by == "max_epochs":
-        notes.append(
-            f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs} epochs; {kept}. Raise the "
-            "learning rate or max_epochs"
-        )
-    if progress.stopped_by == "divergence":
-        notes.append(f"the run diverged; {kept}. Lower the learning rate or the penalty's weight")
-    if regularizer is None:
-        return notes
-    if regularizer.weight is None:
-        notes.append(
-            "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
-        )
-    elif progress.penalty_share is not None and (
-        reason := too_small(progress.penalty_share, regularizer.regularized_parameters)
-    ):
-        notes.append(reason)
-    return notes
+def _micro_batches(batch_size: int, micro_batch_size: int | None) -> int:
+    """The smallest number of equal micro-batches of at most micro_batch_size rows."""
+    least = 1 if micro_batch_size is None else -(-batch_size // micro_batch_size)
+    return next(number for number in range(least, batch_size + 1) if batch_size % number == 0)

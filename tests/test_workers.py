@@ -18,7 +18,7 @@ def square(job, offset, say):
 
 @pytest.fixture
 def one_process(monkeypatch):
-    monkeypatch.setattr(workers, "_places", lambda device: [torch.device("cpu")])
+    monkeypatch.setattr(workers, "_seats", lambda device: [None])
 
 
 def test_a_job_starts_when_those_before_it_are_done_and_an_error_ends_all(one_process, capfd):
@@ -43,20 +43,31 @@ def test_nothing_is_started_for_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "gpus", "places"),
+    ("device", "visible", "seats"),
     [
-        (None, 3, ["cuda:0", "cuda:1", "cuda:2"]),
-        ("cuda", 2, ["cuda:0", "cuda:1"]),
-        ("cuda:1", 2, ["cuda:1"]),
-        ("mps", 0, ["mps"]),
+        (None, None, ["0", "1", "2"]),
+        ("cuda", None, ["0", "1", "2"]),
+        ("cuda:1", None, ["1"]),
+        ("cuda", "5,7", ["5", "7"]),
+        ("cuda:1", "5,7", ["7"]),
+        ("mps", None, [None]),
     ],
 )
-def test_a_process_a_gpu(monkeypatch, device, gpus, places):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert workers._places(device) == [torch.device(place) for place in places]
+def test_a_process_a_gpu(monkeypatch, device, visible, seats):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert workers._seats(device) == seats
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    with pytest.raises(ValueError, match="cuda:2: there are 2 GPUs"):
+        workers._seats("cuda:2")
 
 
 def test_a_process_a_core():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert workers._places("cpu") == [torch.device("cpu")] * cores
+    assert workers._seats("cpu") == [None] * cores

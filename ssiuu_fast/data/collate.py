@@ -26,6 +26,17 @@ class Encoded:
     labels: list[int]
 
 
+def asked_with(question: Encoded, answer: Encoded, max_length: int) -> Encoded:
+    """The prompt of one row with the answer of another, cut to max_length tokens like any row.
+
+    The prompt is what stands before the first label, the answer all from there on.
+    """
+    prompt = question.input_ids[: _first_label(question)]
+    place = _first_label(answer)
+    ids = (prompt + answer.input_ids[place:])[:max_length]
+    return Encoded(ids, ([IGNORE] * len(prompt) + answer.labels[place:])[:max_length])
+
+
 class Encoder:
     """Turns examples into token ids, the same way for training, scoring and generation.
 
@@ -230,6 +241,10 @@ def length_sorted_indices(
         stop = start + min(batch_size, fitting)
         yield order[start:stop]
         start = stop
+
+
+def _first_label(row: Encoded) -> int:
+    return next((place for place, label in enumerate(row.labels) if label != IGNORE), len(row.labels))
 
 
 def _added_beginning(tokenizer) -> list[int]:

@@ -27,7 +27,7 @@ def load_jsonl(path) -> list[Example]:
     examples = []
     for where, row in read_objects(path, EXPECTED):
         try:
-            examples.append(_example(row))
+            examples.append(example_from(row))
         except ValueError as error:
             raise ValueError(f"{where}: {error}; expected {EXPECTED}") from None
     return examples
@@ -86,7 +86,8 @@ def false_options(options, answer: str) -> tuple[str, ...]:
     return tuple(wrong)
 
 
-def _example(row: dict) -> Example:
+def example_from(row: dict) -> Example:
+    """The example of one row in the forms of `load_jsonl`. Raises ValueError for one that has none of them."""
     shape = _shape(row)
     if shape == ("messages",):
         return _chat(row)

@@ -75,4 +75,4 @@ def _mean(values: Sequence[float] | None) -> str:
 def _range(values: Sequence[int] | None) -> str:
     if not values:
         return MISSING
-    return f"{min(values)}" if min(values) == max(values) else f"{min(values)}–{max(values)}"
+    return f"{min(values):g}" if min(values) == max(values) else f"{min(values):g}–{max(values):g}"

@@ -6,7 +6,7 @@ from taught import small_task
 
 from ssiuu_fast.evaluation import attacks
 from ssiuu_fast.evaluation.attacks import benign_attack, harmful_attack, restored
-from ssiuu_fast.evaluation.scores import Scores, score
+from ssiuu_fast.evaluation.scores import Scores
 from ssiuu_fast.unlearning import unlearn
 
 
@@ -115,12 +115,12 @@ def test_a_real_attack_brings_answers_back(taught):
     task = small_task()
     unlearn(
         model,
-        [encoder.encode(row) for row in task.split.forget],
-        [encoder.encode(row) for row in task.split.retain],
+        encoder,
+        task.split.forget,
+        task.split.retain,
         objective="gd",
         learning_rate=1e-3,
         threshold=0.4,
-        forget_score=lambda: score(model, encoder, task.split.forget).mean,
     )
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attack = harmful_attack(model, encoder, task.split.forget, 0.3, taught_at=1e-3, seed=0)
