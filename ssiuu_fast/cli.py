@@ -12,12 +12,14 @@ COMMANDS = {
     "attack": ("attack", "AttackOptions"),
     "evaluate": ("evaluate", "EvaluateOptions"),
     "influence": ("influence", "InfluenceOptions"),
+    "compare": ("compare", "CompareOptions"),
     "plan": ("plan", "PlanOptions"),
 }
 DESCRIPTION = (
     "Unlearning that erases instead of hiding. `info` shows what was built and can run here; `demo` tells the whole "
     "story on invented people; `memorize`, `unlearn`, `attack`, `evaluate` and `influence` are its steps, for your own "
-    "model and data; `plan` tells beforehand what they will need."
+    "model and data; `compare` does them for several methods and makes a table; `plan` tells beforehand what they will "
+    "need."
 )
 
 

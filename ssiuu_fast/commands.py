@@ -9,6 +9,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from ssiuu_fast import models
+from ssiuu_fast.compare import run_sweep
+from ssiuu_fast.compare_setting import PUBLISHED_TEACHING_RATE, setting
 from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.data.example import Example, refuse_overlap
 from ssiuu_fast.data.sources import load_examples, load_instructions
@@ -17,9 +19,13 @@ from ssiuu_fast.evaluation import scores
 from ssiuu_fast.evaluation.attacks import Attack, benign_attack, harmful_attack
 from ssiuu_fast.experiment import (
     PEOPLE,
+    TAUGHT,
+    TEACHING_FILE,
     TOFU,
     Recipe,
     Task,
+    memorised_in,
+    noted_teaching_rate,
     people_task,
     small_llama,
     teach,
@@ -28,6 +34,7 @@ from ssiuu_fast.experiment import (
 from ssiuu_fast.influence_study import notes_on_options, study, with_options
 from ssiuu_fast.options import (
     AttackOptions,
+    CompareOptions,
     DemoOptions,
     EvaluateOptions,
     InfluenceOptions,
@@ -43,23 +50,16 @@ from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.scoring import prepare
 from ssiuu_fast.unlearning import unlearn
 
-# the learning rate at which the paper's models were taught TOFU; attacks take multiples of it
-PUBLISHED_TEACHING_RATE = 1e-5
-TEACHING_FILE = "teaching.json"
 MODEL_FOLDER = "model"
 
 
 def demo(options: DemoOptions) -> None:
     """Unlearn people by GD and by Ssiuu, attack both by retraining, and read which one erased."""
     if options.resume is not None:
-        run = RunFolder(Path(options.resume))
-        config = run.read_json("config.json")
-        if config["command"] != "demo":
-            raise ValueError(f"{run.path} is the folder of `{config['command']}`, and only a demo can be resumed")
-        options = DemoOptions(**config["options"])
+        run, chosen = _stopped(options.resume, "demo")
+        options = DemoOptions(**chosen)
         task, _ = _demo_setting(options)
         recipe = Recipe(**run.read_json("recipe.json"))
-        print(f"going on in {run.path} with the options it was started with")
     else:
         task, recipe = _demo_setting(options)
         run = RunFolder.create(options.output, "demo", asdict(options))
@@ -237,9 +237,37 @@ def influence(options: InfluenceOptions) -> None:
     print(f"\n{text}\n\npage: {page}\nattributions, pictures and their numbers: {run.path}/")
 
 
+def compare(options: CompareOptions) -> None:
+    """Find each method's learning rate, unlearn and attack over seeds, and print one table of all methods."""
+    run = None
+    if options.resume is not None:
+        run, chosen = _stopped(options.resume, "compare")
+        options = CompareOptions(**chosen)
+    compared = setting(options)
+    if run is None:
+        run = RunFolder.create(options.output, "compare", asdict(options) | {"learning_rates": compared.sweep.rates})
+    disable_progress_bar()
+    start = compared.start
+    if start is None:
+        taught = memorised_in(run, compared.task, compared.recipe)
+        print(f"taught a model of {taught['parameters'] / 1e6:.1f} M parameters: it scores {taught['score']:.3f}")
+        start = run.file(TAUGHT)
+    run_sweep(compared.sweep, compared.task, compared.recipe, start, run, notes=compared.notes)
+
+
 def plan(options: PlanOptions) -> None:
     """Print the memory and the time that attribution, unlearning and the penalty will need, before anything runs."""
     print(Plan.of(options).text())
+
+
+def _stopped(folder: str, command: str) -> tuple[RunFolder, dict]:
+    """The folder of a stopped run and the options that it was started with."""
+    run = RunFolder(Path(folder))
+    config = run.read_json("config.json")
+    if config["command"] != command:
+        raise ValueError(f"{run.path} is the folder of `{config['command']}`, and only a {command} can be resumed here")
+    print(f"going on in {run.path} with the options it was started with")
+    return run, config["options"]
 
 
 def _demo_setting(options: DemoOptions) -> tuple[Task, Recipe]:
@@ -322,9 +350,9 @@ def _both_scores(
 
 
 def _noted_teaching_rate(model: str) -> float:
-    noted = Path(model) / TEACHING_FILE
-    if noted.exists():
-        return json.loads(noted.read_text(encoding="utf-8"))["learning_rate"]
+    noted = noted_teaching_rate(model)
+    if noted is not None:
+        return noted
     print(f"no {TEACHING_FILE} in {model}: attacking at multiples of {PUBLISHED_TEACHING_RATE:g}, or set --taught_at")
     return PUBLISHED_TEACHING_RATE
 

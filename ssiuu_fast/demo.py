@@ -1,38 +1,35 @@
 """`ssiuu-fast demo`: runs the experiment over methods and seeds, prints the table, draws the figure."""
 
-import multiprocessing
-import os
 import statistics
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from queue import Empty
 
-import torch
-from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ssiuu_fast import models
-from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.experiment import (
     ATTACKS,
     BEFORE,
     CHANCE,
     COLUMNS,
-    METHODS,
+    TAUGHT,
     Recipe,
+    Say,
     Task,
-    memorise,
+    attack_task,
+    load_model,
+    memorised_in,
     retrain_on_a_few,
-    run_method,
+    scores_of,
+    unlearn_logged,
 )
 from ssiuu_fast.influence_study import Study, notes_on_options, study, with_options
 from ssiuu_fast.report.figures import grouped_bars
 from ssiuu_fast.report.influence_page import study_text, write_page
 from ssiuu_fast.report.text import comparison, mean_sd, table
 from ssiuu_fast.runs import RunFolder
+from ssiuu_fast.workers import run_jobs
 
-TAUGHT = "memorised"
+METHODS = ("GD", "Ssiuu")
 # as much as a few seconds allow
 SILENCED, INFLUENCE_BATCH = (10, 30, 100), 32
 
@@ -45,7 +42,7 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     What a stopped run already finished (the memorised model, a method's seed) is taken from the folder, not run again.
     """
     disable_progress_bar()
-    taught = _memorised(task, recipe, run)
+    taught = memorised_in(run, task, recipe)
     print(
         f"a model of {taught['parameters'] / 1e6:.1f} M parameters, after {taught['epochs']} epochs at learning rate "
         f"{taught['learning_rate']:g}: scores {taught['score']:.3f} on what it is to forget, "
@@ -54,7 +51,7 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     # the longest first; before unlearning there is one model, so one seed
     jobs = [(method, seed) for seed in range(seeds) for method in reversed(METHODS)] + [(BEFORE, 0)]
     done = {job: _finished(job, run) for job in jobs if _finished(job, run) is not None}
-    done |= _run_jobs([job for job in jobs if job not in done], task, recipe, run)
+    done = run_jobs(_job, lambda _: jobs, (task, recipe, run.path), description="runs", done=done)
     rows = [done[method, seed] for method in (BEFORE, *METHODS) for seed in range(seeds) if (method, seed) in done]
     rows.append({"method": CHANCE, "seed": None} | dict.fromkeys(COLUMNS, task.chance) | {"penalty_share": 0.0})
     run.write_json("results.json", rows)
@@ -75,9 +72,36 @@ def run_demo(task: Task, recipe: Recipe, seeds: int, run: RunFolder) -> list[dic
     return rows
 
 
+def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path, run: RunFolder, say: Say) -> dict:
+    """One row of the table: unlearns a fresh copy of the taught model by `method` and attacks what is left.
+
+    "before" attacks the taught model itself. Where the threshold wasn't reached, the pool rule is left out: it would
+    leave little to score. Everything that was measured goes to <method>-<seed>.json in the run's folder, every step to
+    <method>-<seed>.steps.jsonl, the model to a folder of that name.
+    """
+    name = f"{method}-{seed}"
+    model, encoder = load_model(taught, recipe)
+    details: dict = {}
+    if method != BEFORE:
+        details = unlearn_logged(model, encoder, method.lower(), seed, task, recipe, run, name, say)
+        for note in details["notes"]:
+            say(f"  {name}: {note}")
+        models.save(model, encoder.tokenizer, run.file(name))
+    row = {"method": method, "seed": seed} | scores_of(model, encoder, task, recipe)
+    attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=details.get("reached", False))
+    row |= {attack.name: attack.recovered for attack in attacks}
+    row["penalty_share"] = details.get("penalty_share", 0.0)
+    recovered = ", ".join(f"{attack.name} {attack.recovered:.2f}" for attack in attacks)
+    say(f"{method}, seed {seed}: after retraining {recovered}")
+    run.write_json(
+        f"{name}.json", {"row": row, "unlearning": details, "attacks": [attack.as_dict() for attack in attacks]}
+    )
+    return row
+
+
 def _influence(task: Task, recipe: Recipe, run: RunFolder) -> tuple[str, Path]:
     """The influence table and its page for the first seed of each method, attacked by retraining on a few rows."""
-    studies = _in_processes(_study, METHODS, "influence", task, recipe, run)
+    studies = run_jobs(_study, lambda _: METHODS, (task, recipe, run.path), description="influence")
     page = write_page([studies[method] for method in METHODS], run.path, "Erased or hidden? GD and Ssiuu")
     text = study_text([studies[method] for method in METHODS])
     run.file("influence.md").write_text(text + "\n", encoding="utf-8")
@@ -115,7 +139,7 @@ def report(rows: list[dict], unlearning: dict[tuple[str, int], dict]) -> str:
 
 def _reached(method: str, unlearning: dict[tuple[str, int], dict]) -> str:
     runs = [details for (name, _), details in unlearning.items() if name == method]
-    epochs = ", ".join(str(details["epochs"]) for details in runs)
+    epochs = ", ".join(f"{details['epochs']:g}" for details in runs)
     reached = sum(details["reached"] for details in runs)
     return f"- {method} reached the threshold in {reached} of {len(runs)} runs (epochs: {epochs})"
 
@@ -136,67 +160,18 @@ def _finished(job: tuple[str, int], run: RunFolder) -> dict | None:
     return run.read_json(name)["row"] if run.file(name).exists() else None
 
 
-def _memorised(task: Task, recipe: Recipe, run: RunFolder) -> dict:
-    if not run.file("memorised.json").exists():
-        run.write_json("memorised.json", memorise(task, recipe, run.file(TAUGHT)))
-    return run.read_json("memorised.json")
-
-
-def _run_jobs(jobs: list[tuple[str, int]], task: Task, recipe: Recipe, run: RunFolder) -> dict[tuple[str, int], dict]:
-    return _in_processes(_job, jobs, "runs", task, recipe, run)
-
-
-def _in_processes(work, jobs: Sequence, description: str, task: Task, recipe: Recipe, run: RunFolder) -> dict:
-    """job → work(job, task, recipe, folder, messages), one process a core.
-
-    One thread a process: small models gain nothing from more threads. On a GPU, one process.
-    """
-    if not jobs:
-        return {}
-    workers = 1 if torch.cuda.is_available() else min(len(jobs), _cores())
-    context = multiprocessing.get_context("spawn")
-    rows = {}
-    with context.Manager() as manager:
-        messages = manager.Queue()
-        with ProcessPoolExecutor(workers, mp_context=context) as pool, tqdm(total=len(jobs), desc=description) as bar:
-            futures = {pool.submit(work, job, task, recipe, run.path, messages): job for job in jobs}
-            try:
-                while futures:
-                    _print_messages(messages, bar)
-                    for future in [future for future in futures if future.done()]:
-                        rows[futures.pop(future)] = future.result()
-                        bar.update()
-                _print_messages(messages, bar)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    return rows
-
-
-def _quietly() -> None:
-    # several processes share the terminal: the parent's bar is the only one
-    disable_progress_bar()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(1)
-
-
-def _study(method: str, task: Task, recipe: Recipe, folder: Path, messages) -> Study:
-    _quietly()
+def _study(method: str, task: Task, recipe: Recipe, folder: Path, say: Say) -> Study:
     name = f"{method}-0"
 
-    def load(place: str):
-        model, tokenizer = models.load(place, device=models.default_device())
-        return model, Encoder(tokenizer, max_length=recipe.max_positions)
-
     attacked = folder / f"{name}-attacked"
-    model, encoder = load(str(folder / name))
+    model, encoder = load_model(folder / name, recipe)
     retrain_on_a_few(model, encoder, task, recipe)
     models.save(model, encoder.tokenizer, attacked)
     return study(
         method,
         {"before": str(folder / TAUGHT), "after": str(folder / name), "attacked": str(attacked)},
         with_options(task.split.forget),
-        load,
+        lambda place: load_model(place, recipe),
         batch_size=INFLUENCE_BATCH,
         notes=notes_on_options(task.split.forget),
         ms=SILENCED,
@@ -204,19 +179,5 @@ def _study(method: str, task: Task, recipe: Recipe, folder: Path, messages) -> S
     )
 
 
-def _job(job: tuple[str, int], task: Task, recipe: Recipe, folder: Path, messages) -> dict:
-    _quietly()
-    return run_method(*job, task, recipe, folder / TAUGHT, RunFolder(folder), messages.put)
-
-
-def _print_messages(messages, bar) -> None:
-    try:
-        while True:
-            bar.write(messages.get(timeout=0.2))
-    except Empty:
-        return
-
-
-def _cores() -> int:
-    # those that this process may use, where the system tells
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _job(job: tuple[str, int], task: Task, recipe: Recipe, folder: Path, say: Say) -> dict:
+    return run_method(*job, task, recipe, folder / TAUGHT, RunFolder(folder), say)

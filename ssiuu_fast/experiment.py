@@ -1,14 +1,18 @@
-"""The whole story on one data set: teach a model, let it forget by GD and by Ssiuu, attack both by retraining."""
+"""The whole story on one data set: teach a model, let it forget by some method, attack what is left by retraining."""
 
+import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from ssiuu_fast import models
 from ssiuu_fast.data import people, tofu
 from ssiuu_fast.data.collate import PLAIN_PROMPT, Encoder
 from ssiuu_fast.data.example import Example, Split, refuse_overlap
+from ssiuu_fast.data.refusals import DEFAULT_REFUSAL
 from ssiuu_fast.data.sources import load_instructions
 from ssiuu_fast.evaluation.attacks import (
     BATCH_SIZE,
@@ -19,6 +23,8 @@ from ssiuu_fast.evaluation.attacks import (
     harmful_attack,
 )
 from ssiuu_fast.evaluation.scores import default_threshold, score
+from ssiuu_fast.methods import method as method_named
+from ssiuu_fast.objectives import OBJECTIVES
 from ssiuu_fast.regularizer import STARTING_RELATIVE_WEIGHT
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.training import finetune
@@ -27,7 +33,10 @@ from ssiuu_fast.unlearning import unlearn
 FRACTIONS = (0.1, 0.3)
 ATTACKS = (*(f"harmful_{fraction:g}" for fraction in FRACTIONS), "benign")
 COLUMNS = ("FS", "RS", *ATTACKS)
-BEFORE, METHODS, CHANCE = "before", ("GD", "Ssiuu"), "chance"
+BEFORE, CHANCE = "before", "chance"
+TAUGHT = "memorised"
+# beside a model: what taught it
+TEACHING_FILE = "teaching.json"
 # METHOD: the paper's threshold on TOFU forget01
 TOFU_THRESHOLD = 0.1971
 # three times the usual: models this small then learn facts in half the epochs
@@ -41,18 +50,43 @@ class Task:
     """What is unlearned, and by what it is judged.
 
     split: forgotten, retained and tested rows, all memorised first. instructions: for the benign attack. threshold: the
-    forget score at which unlearning stops. chance: the score of a model that knows nothing of it.
+    forget score at which unlearning stops. chance: the score of a model that knows nothing of it. utility: rows on
+    what unlearning must not touch at all, where there are any.
     """
 
     split: Split
     instructions: list[Example]
     threshold: float
     chance: float
+    utility: list[Example] | None = None
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is made and taught, and how it unlearns.
+@dataclass(frozen=True, kw_only=True)
+class UnlearningRecipe:
+    """How a taught model is read, unlearns and is attacked.
+
+    teaching_rate: the learning rate that taught it; attacks take multiples of it. max_positions: tokens of the longest
+    row. unlearning_rate: None where it is still to be found. objective_options: options of an objective, by its name.
+    device None: a GPU where there is one.
+    """
+
+    teaching_rate: float
+    max_positions: int
+    unlearning_rate: float | None = None
+    relative_weight: float = STARTING_RELATIVE_WEIGHT
+    max_epochs: int = 100
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    max_new_tokens: int = 200
+    objective_options: dict[str, dict] = field(default_factory=dict)
+    style: str = "auto"
+    dtype: str = "float32"
+    device: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(UnlearningRecipe):
+    """And how a small one is made and taught before.
 
     known_at: the score of the forget set at which the model counts as taught. unlearning_rate: the lowest of
     {1, 2, 5}·10^k at which GD reaches the threshold within 20 epochs.
@@ -62,16 +96,9 @@ class Recipe:
     layers: int
     heads: int
     vocab_size: int
-    max_positions: int
-    teaching_rate: float
     teaching_epochs: int
     teaching_batch_size: int
     known_at: float
-    unlearning_rate: float
-    relative_weight: float = STARTING_RELATIVE_WEIGHT
-    max_epochs: int = 100
-    batch_size: int = 16
-    max_new_tokens: int = 200
 
 
 PEOPLE = Recipe(
@@ -110,7 +137,7 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
         heads=recipe.heads,
         max_positions=recipe.max_positions,
     )
-    model.to(models.default_device())
+    model.to(models.default_device(recipe.device))
     encoder = Encoder(tokenizer, max_length=recipe.max_positions)
     taught = teach(
         model,
@@ -131,6 +158,19 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
         "rows": len(everything.values),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+
+
+def memorised_in(run: RunFolder, task: Task, recipe: Recipe) -> dict:
+    """`memorise` into the run's folder, unless a stopped run already did; returns what was measured."""
+    if not run.file(f"{TAUGHT}.json").exists():
+        run.write_json(f"{TAUGHT}.json", memorise(task, recipe, run.file(TAUGHT)))
+    return run.read_json(f"{TAUGHT}.json")
+
+
+def noted_teaching_rate(model: str) -> float | None:
+    """The learning rate that taught the model of a folder, if `memorize` noted it there."""
+    noted = Path(model) / TEACHING_FILE
+    return json.loads(noted.read_text(encoding="utf-8"))["learning_rate"] if noted.exists() else None
 
 
 def templated(rows: Iterable[Example]) -> Iterator[str]:
@@ -180,66 +220,67 @@ def teach(
     return {"learning_rate": learning_rate, "epochs": curve[-1][0], "score": curve[-1][1], "curve": curve}
 
 
-def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path, run: RunFolder, say: Say) -> dict:
-    """One row of the table: unlearns a fresh copy of the taught model by `method` and attacks what is left.
+def load_model(place: str | Path, recipe: UnlearningRecipe):
+    """(model, encoder): a fresh copy of the model in a folder or by hub name, as the recipe reads it."""
+    model, tokenizer = models.load(
+        place, dtype=getattr(torch, recipe.dtype), device=models.default_device(recipe.device)
+    )
+    positions = getattr(model.config, "max_position_embeddings", None) or recipe.max_positions
+    return model, Encoder(tokenizer, style=recipe.style, max_length=min(recipe.max_positions, positions))
 
-    "before" attacks the taught model itself. Where the threshold wasn't reached, the pool rule is left out: it would
-    leave little to score. Everything that was measured goes to <method>-<seed>.json in the run's folder, every step to
-    <method>-<seed>.steps.jsonl, the model to a folder of that name.
-    """
-    name = f"{method}-{seed}"
-    model, tokenizer = models.load(taught, device=models.default_device())
-    encoder = Encoder(tokenizer, max_length=recipe.max_positions)
-    details: dict = {}
+
+def scores_of(model, encoder: Encoder, task: Task, recipe: UnlearningRecipe) -> dict[str, float]:
+    """FS on the forget rows, RS on the test rows, and US where the task has utility rows."""
+    sets = {"FS": task.split.forget, "RS": task.split.test}
+    if task.utility is not None:
+        sets["US"] = task.utility
+    return {name: score(model, encoder, rows, max_new_tokens=recipe.max_new_tokens).mean for name, rows in sets.items()}
+
+
+def unlearn_logged(
+    model, encoder, method: str, seed: int, task: Task, recipe: UnlearningRecipe, run: RunFolder, name: str, say: Say
+) -> dict:
+    """`unlearn_task` with every step in <name>.steps.jsonl, and what came of it said."""
     # of a run that was stopped halfway
     run.file(f"{name}.steps.jsonl").unlink(missing_ok=True)
-    if method != BEFORE:
-        details = unlearn_task(
-            model, encoder, method, seed, task, recipe, log=lambda row: run.log(f"{name}.steps.jsonl", row)
-        )
-        models.save(model, tokenizer, run.file(name))
-        say(
-            f"{method}, seed {seed}: forget score {details['scores'][0]:.2f} → {details['score']:.2f} in "
-            f"{details['epochs']} epochs"
-        )
-        for note in details["notes"]:
-            say(f"  {method}, seed {seed}: {note}")
-    row = {"method": method, "seed": seed}
-    row["FS"] = score(model, encoder, task.split.forget, max_new_tokens=recipe.max_new_tokens).mean
-    row["RS"] = score(model, encoder, task.split.test, max_new_tokens=recipe.max_new_tokens).mean
-    attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=details.get("reached", False))
-    row |= {attack.name: attack.recovered for attack in attacks}
-    row["penalty_share"] = details.get("penalty_share", 0.0)
-    recovered = ", ".join(f"{attack.name} {attack.recovered:.2f}" for attack in attacks)
-    say(f"{method}, seed {seed}: after retraining {recovered}")
-    run.write_json(
-        f"{name}.json", {"row": row, "unlearning": details, "attacks": [attack.as_dict() for attack in attacks]}
+    details = unlearn_task(
+        model, encoder, method, seed, task, recipe, log=lambda row: run.log(f"{name}.steps.jsonl", row)
     )
-    return row
+    say(f"{name}: forget score {details['scores'][0]:.2f} → {details['score']:.2f} in {details['epochs']:g} epochs")
+    return details
 
 
-def unlearn_task(model, encoder: Encoder, method: str, seed: int, task: Task, recipe: Recipe, *, log=None) -> dict:
-    """GD, alone or with the penalty, at the same learning rate, budget and early stop."""
+def unlearn_task(
+    model, encoder: Encoder, method: str, seed: int, task: Task, recipe: UnlearningRecipe, *, log=None
+) -> dict:
+    """One unlearning run by a method as `methods.method` knows it; returns its `Progress.as_dict()`."""
     refuse_overlap(task.split.forget, task.split.retain)
+    named = method_named(method)
     progress = unlearn(
         model,
         encoder,
         task.split.forget,
-        task.split.retain,
-        objective="gd",
+        task.split.retain if OBJECTIVES[named.objective].needs_retain else None,
+        objective=named.objective,
+        objective_options=recipe.objective_options.get(named.objective),
         learning_rate=recipe.unlearning_rate,
         threshold=task.threshold,
-        penalty={"relative_weight": recipe.relative_weight} if method == "Ssiuu" else None,
+        penalty={"relative_weight": recipe.relative_weight} if named.penalised else None,
+        refusals=[DEFAULT_REFUSAL],
         max_new_tokens=recipe.max_new_tokens,
         max_epochs=recipe.max_epochs,
         batch_size=recipe.batch_size,
+        micro_batch_size=recipe.micro_batch_size,
         seed=seed,
         log=log,
     )
     return progress.as_dict()
 
 
-def attack_task(model, encoder: Encoder, seed: int, task: Task, recipe: Recipe, *, only_wrong: bool) -> list[Attack]:
+def attack_task(
+    model, encoder: Encoder, seed: int, task: Task, recipe: UnlearningRecipe, *, only_wrong: bool
+) -> list[Attack]:
+    """The harmful attack at each fraction, and the benign one."""
     common = {"taught_at": recipe.teaching_rate, "seed": seed, "max_new_tokens": recipe.max_new_tokens}
     harmful = [
         harmful_attack(model, encoder, task.split.forget, fraction, only_wrong=only_wrong, **common)
@@ -248,7 +289,7 @@ def attack_task(model, encoder: Encoder, seed: int, task: Task, recipe: Recipe, 
     return [*harmful, benign_attack(model, encoder, task.split.forget, task.instructions, **common)]
 
 
-def retrain_on_a_few(model, encoder: Encoder, task: Task, recipe: Recipe) -> None:
+def retrain_on_a_few(model, encoder: Encoder, task: Task, recipe: UnlearningRecipe) -> None:
     """The harmful attack at its first fraction and learning rate: the model that it leaves is the attacked one."""
     forget = task.split.forget
     few = random.Random("retrained").sample(range(len(forget)), max(1, round(FRACTIONS[0] * len(forget))))

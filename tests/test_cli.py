@@ -215,6 +215,8 @@ def test_resume_is_for_demos(taught_folder, files, tmp_path, capsys):
     assert unlearn(taught_folder, files, tmp_path / "run", "--method", "ga", "--max_epochs", "1") == 0
     assert main(["demo", "--resume", str(tmp_path / "run")]) == 1
     assert "only a demo can be resumed" in capsys.readouterr().err
+    assert main(["compare", "--methods", "gd", "--resume", str(tmp_path / "run")]) == 1
+    assert "only a compare can be resumed" in capsys.readouterr().err
 
 
 def test_a_model_that_never_forgot_can_be_attacked_with_every_row(taught_folder, files, tmp_path, capsys):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from taught import RECIPE, small_task
 
-from ssiuu_fast import commands, demo
+from ssiuu_fast import commands, demo, experiment
 from ssiuu_fast.cli import main
 from ssiuu_fast.demo import report, run_demo
 from ssiuu_fast.runs import RunFolder
@@ -83,14 +83,15 @@ def test_a_stopped_demo_goes_on_with_what_is_missing(finished, monkeypatch):
     run.file("GD-0.json").unlink()
     started = []
 
-    def run_jobs(jobs, *_):
+    def run_jobs(work, ready, context, *, description, done):
+        jobs = [job for job in ready(done) if job not in done]
         started.extend(jobs)
         run.write_json("GD-0.json", finished_run)
-        return {job: rows[1] for job in jobs}
+        return done | {job: rows[1] for job in jobs}
 
-    monkeypatch.setattr(demo, "_run_jobs", run_jobs)
+    monkeypatch.setattr(demo, "run_jobs", run_jobs)
     monkeypatch.setattr(demo, "_influence", lambda *_: ("", run.file("page.html")))
-    monkeypatch.setattr(demo, "memorise", lambda *_: pytest.fail("memorised again"))
+    monkeypatch.setattr(experiment, "memorise", lambda *_: pytest.fail("memorised again"))
     assert run_demo(small_task(), RECIPE, 1, run) == rows
     assert started == [("GD", 0)]
 
@@ -142,7 +143,7 @@ def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
     (folder / "GD-0.json").unlink()
     kept = (folder / "Ssiuu-0.json").stat().st_mtime_ns
     monkeypatch.setattr(commands, "PEOPLE", RECIPE)
-    monkeypatch.setattr(demo, "memorise", lambda *_: pytest.fail("memorised again"))
+    monkeypatch.setattr(experiment, "memorise", lambda *_: pytest.fail("memorised again"))
     assert main(["demo", "--resume", str(folder)]) == 0
     assert (folder / "Ssiuu-0.json").stat().st_mtime_ns == kept
     assert (folder / "table.md").read_text() == table

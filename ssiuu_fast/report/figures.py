@@ -39,6 +39,6 @@ def grouped_bars(
     axes.set_ylabel("score")
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(scores) + 1, loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    axes.legend(frameon=False, ncols=min(len(scores) + 1, 5), loc="upper center", bbox_to_anchor=(0.5, -0.1))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
