@@ -1,7 +1,7 @@
 from torch.nn.functional import logsigmoid
+from trainer.unlearn.grad_diff import GradDiff
 
 from ssiuu_fast import sequence_log_probs
-from trainer.unlearn.grad_diff import GradDiff
 
 
 class NPO(GradDiff):
