@@ -8,25 +8,16 @@ One process, on a GPU where there is one. For 8 GPUs the same loop is in torchru
 """
 
 import torch
-from common import arguments, model_and_rows
+from common import arguments, batch, model_and_rows
 
 from ssiuu_fast import SSIUURegularizer, answer_token_counts, models, sequence_log_probs
-from ssiuu_fast.data.collate import Encoder, collate
+from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.evaluation.scores import score
-from ssiuu_fast.sampling import wrapping_batch
 
-parser = arguments(__doc__)
-parser.add_argument("--steps", type=int, default=60)
-options = parser.parse_args()
+options = arguments(__doc__).parse_args()
 model, tokenizer, forget_rows, retain_rows = model_and_rows(options)
 model.to(models.default_device())
 encoder = Encoder(tokenizer)
-
-
-def batch(rows, step):
-    # every step has the same number of rows: attributions are sums over them
-    chosen = [encoder.encode(rows[index]) for index in wrapping_batch(len(rows), 16, seed=0, step=step)]
-    return {name: tensor.to(model.device) for name, tensor in collate(chosen, encoder.pad_id).items()}
 
 
 def report(when):
@@ -40,7 +31,7 @@ optimizer = torch.optim.AdamW(model.parameters(), options.learning_rate, weight_
 regularizer = SSIUURegularizer(model, relative_weight=30)
 
 for step in range(options.steps):
-    forget, retain = batch(forget_rows, step), batch(retain_rows, step)
+    forget, retain = (batch(encoder, rows, step, model.device) for rows in (forget_rows, retain_rows))
     log_probs = sequence_log_probs(model(forget["input_ids"], forget["attention_mask"]).logits, forget["labels"])
     regularizer.backward(log_probs)  # keeps the graph for the next line
     (log_probs.sum() / answer_token_counts(forget["labels"]).sum()).backward()  # gradient ascent on the answers
@@ -49,8 +40,8 @@ for step in range(options.steps):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
-    share = regularizer.penalty_share(norm)
-    print(f"step {step + 1}: log P of an answer {log_probs.mean().item():.2f}, share of the penalty {share:.0%}")
+    share, log_p = regularizer.penalty_share(norm), log_probs.mean().item()
+    print(f"step {step + 1}: log P {log_p:.2f}, gradient norm {norm:.3f}, the penalty's share {share:.0%}")
 
 report("after")
 if options.output:
