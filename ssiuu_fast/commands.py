@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from ssiuu_fast import models
+from ssiuu_fast import adapters, models
 from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.data.example import Example, refuse_overlap
 from ssiuu_fast.data.sources import load_examples, load_instructions
@@ -125,7 +125,7 @@ def unlearn_command(options: UnlearnOptions) -> None:
     if threshold is None:
         threshold = scores.default_threshold(forget)
         print(f"threshold: {threshold:.4f}, the score of a model that has these rows mixed up or guesses")
-    model, encoder = _load(options)
+    model, encoder = _load_to_unlearn(options)
     regularizer = _regularizer(model, options) if method == "ssiuu" else None
     forget_rows = [encoder.encode(row) for row in forget]
     retain_rows = [encoder.encode(row) for row in retain] if retain and method != "ga" else None
@@ -172,6 +172,9 @@ def attack(options: AttackOptions) -> None:
     forget = load_examples(options.forget)
     instructions = None if options.instructions == "none" else load_instructions(options.instructions)
     model, encoder = _load(options)
+    if adapters.is_adapted(model):
+        print(f"{options.model} is an adapter: merged into its model in memory, all of which is attacked")
+        model = adapters.merged(model)
     taught_at = _noted_teaching_rate(options.model) if options.taught_at is None else options.taught_at
     for row in [*forget, *(instructions or [])]:
         encoder.encode(row)
@@ -285,11 +288,32 @@ def _state_dtype(name: str | None) -> StateDtype:
     return name if name in (None, EIGHT_BIT) else getattr(torch, name)
 
 
-def _load(options: UnlearnOptions | AttackOptions | EvaluateOptions):
+def _load(options: AttackOptions | EvaluateOptions):
     return _load_from(options.model, options)
 
 
-def _load_from(place: str, options: UnlearnOptions | AttackOptions | EvaluateOptions | InfluenceOptions):
+def _load_to_unlearn(options: UnlearnOptions):
+    """The model with what is to be trained requiring grad: all of it, or the adapters that it has or gets."""
+    if options.load_in_4bit and options.lora_rank is None and adapters.find_adapter(options.model) is None:
+        raise ValueError("load_in_4bit: weights in 4 bits can't be trained, give lora_rank too")
+    dtype = getattr(torch, options.dtype)
+    device = models.default_device(options.device)
+    model, tokenizer = models.load(options.model, dtype=dtype, device=device, load_in_4bit=options.load_in_4bit)
+    encoder = _encoder(model, tokenizer, options.style, options.max_length)
+    if options.lora_rank is not None:
+        model = adapters.add_lora(
+            model,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            targets=options.lora_targets,
+            dropout=options.lora_dropout,
+        )
+    if options.gradient_checkpointing:
+        models.checkpoint_blocks(model)
+    return model, encoder
+
+
+def _load_from(place: str, options: AttackOptions | EvaluateOptions | InfluenceOptions):
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     model, tokenizer = models.load(place, dtype=dtype, device=models.default_device(options.device))
     return model, _encoder(model, tokenizer, options.style, options.max_length)
@@ -302,7 +326,9 @@ def _common_length(places: dict[str, str], rows: Sequence[Example], options: Inf
     model is loaded.
     """
     tokenizers = [models.load_tokenizer(place) for place in places.values()]
-    positions = {place: _positions(read_config(place)) or options.max_length for place in places.values()}
+    positions = {
+        place: _positions(read_config(models.base_name(place))) or options.max_length for place in places.values()
+    }
     shortest = min(positions, key=positions.__getitem__)
     length = min(options.max_length, positions[shortest])
     encoders = [Encoder(tokenizer, style=options.style, max_length=length) for tokenizer in tokenizers]

@@ -31,8 +31,27 @@ def unwrap(model: nn.Module) -> nn.Module:
             break
     for name, module in model.named_modules():
         _refuse_module(name or "the model", module)
+    keep_unpacked(model)
     refuse_sharded(model.named_parameters())
     return model
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing weights in 4 bits for inference, which it does in the first evaluation on a CPU
+    with AVX-512 BF16: gradients that pass through packed weights are silently wrong (bitsandbytes 0.50).
+
+    Raises ValueError where they are packed already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}: bitsandbytes packed these 4-bit weights in an evaluation on the CPU, and gradients through "
+                "packed weights are wrong: load the model again, and build this before the first evaluation"
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def refuse_compiled(model: nn.Module, otherwise: str = "") -> None:
@@ -184,7 +203,8 @@ def refuse_missing(target: Tensor, found: int, total: int, sought: str, usual_re
         raise RuntimeError(REENTRANT_REMEDY)
     if not found:
         raise RuntimeError(
-            f"0 of {total} {sought} are in this graph: was the model {usual_reasons} after the regulariser was built?"
+            f"0 of {total} {sought} are in this graph: was the model {usual_reasons} after the regulariser was built? "
+            "Or are blocks checkpointed with use_reentrant=True on frozen embeddings (LoRA)? Then use_reentrant=False"
         )
 
 

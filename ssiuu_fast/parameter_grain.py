@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.change import ChangeWatch
+from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
 from ssiuu_fast.references import (
@@ -44,6 +45,7 @@ class ParameterGrain:
     ):
         if isinstance(model_or_named_parameters, nn.Module):
             model_or_named_parameters = engines.unwrap(model_or_named_parameters)
+            refuse_reentrant(model_or_named_parameters)
         self._parameters = select_parameters(model_or_named_parameters, patterns)
         engines.refuse_sharded(self._parameters.items())
         engines.refuse_steps_in_backward(self._parameters.items())

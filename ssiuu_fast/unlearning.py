@@ -1,7 +1,7 @@
 """The unlearning loop: an objective, the penalty beside it, and an early stop at the forget threshold."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ssiuu_fast.data.collate import Encoded, collate
+from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.objectives import make_objective
 from ssiuu_fast.objectives.log_probs import answer_log_probs
 from ssiuu_fast.objectives.objective import ForgetBatch, Objective, Totals
@@ -90,14 +91,15 @@ def unlearn(
     step and one an evaluation. A run that never reaches the threshold, or whose gradient stops being a number, ends
     with the weights of its lowest score, and says so in `notes`.
 
-    Raises ValueError for an unknown objective, an empty forget set, an objective without the retain rows it needs, or
-    micro-batches that the regulariser can't take.
+    Raises ValueError for an unknown objective, an empty forget set, an objective without the retain rows it needs,
+    micro-batches that the regulariser can't take, or reentrant gradient checkpointing, which may train nothing.
     """
     terms = make_objective(objective)
     if not forget:
         raise ValueError("the forget set is empty")
     if terms.needs_retain and not retain:
         raise ValueError(f"{terms.name} needs retain rows and there are none: give a retain set, or use objective 'ga'")
+    refuse_reentrant(model)
     split = micro_batch_size is not None and micro_batch_size < batch_size
     if split and regularizer is not None and not regularizer.takes_micro_batches:
         raise ValueError(
@@ -245,10 +247,16 @@ class _Best:
             self._keep()
 
     def restore(self) -> None:
-        self.model.load_state_dict(self._weights)
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(self._weights[name])
 
     def _keep(self) -> None:
-        self._weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+        self._weights = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._trained()}
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        # the rest, which may be quantised, stays as it is
+        return ((name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad)
 
 
 def _penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dict:
