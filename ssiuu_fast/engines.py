@@ -11,7 +11,8 @@ FREED_GRAPH = "Trying to backward through the graph a second time"
 REENTRANT = "use_reentrant=True"
 DONATED_BUFFERS = "donated buffers"
 REENTRANT_REMEDY = (
-    "reentrant gradient checkpointing can't give the gradient of the target: use "
+    "reentrant gradient checkpointing can't give the gradient of the target, and on frozen embeddings (LoRA) may train "
+    "nothing: use "
     "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 
