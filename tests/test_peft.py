@@ -14,6 +14,7 @@ from tiny import batch, exactly, log_probs_of, tiny_gpt2, tiny_llama, tiny_mixtr
 from ssiuu_fast import SSIUURegularizer, answer_token_counts
 from ssiuu_fast.adapters import merged
 from ssiuu_fast.selection import select_modules
+from ssiuu_fast.sites import find_sites
 
 peft = pytest.importorskip("peft")
 
@@ -125,6 +126,7 @@ def test_neurons_are_those_of_whole_modules():
         regularizer = neurons(model)
         step(model, regularizer, batch())
         assert regularizer.last_step.absent == 0
+        assert [place.path for place in find_sites(model).values()] == list(modules)
 
 
 def algorithm_1(model, batches, names, weight):
