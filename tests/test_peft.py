@@ -256,8 +256,9 @@ def test_reentrant_checkpointing_would_train_no_adapter_and_is_refused(granulari
     model = lora(modules_to_save=modules_to_save)
     early = SSIUURegularizer(model, granularity=granularity)
     checkpointed(model, reentrant=True)
-    # what transformers 5 switches on with checkpointing, and others don't
-    model.disable_input_require_grads()
+    # what recent transformers switch on with checkpointing, and others don't
+    if hasattr(model.get_base_model(), "_require_grads_hook"):
+        model.disable_input_require_grads()
     # this is what would be missed: no adapter has a gradient
     loss = log_probs_of(model, batch()).sum()
     if modules_to_save:
