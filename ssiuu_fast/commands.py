@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from ssiuu_fast import models
+from ssiuu_fast import adapters, models
 from ssiuu_fast.compare import run_sweep
 from ssiuu_fast.compare_setting import PUBLISHED_TEACHING_RATE, setting
 from ssiuu_fast.data.collate import Encoder
@@ -123,7 +123,7 @@ def unlearn_command(options: UnlearnOptions) -> None:
     if threshold is None:
         threshold = scores.default_threshold(forget)
         print(f"threshold: {threshold:.4f}, the score of a model that has these rows mixed up or guesses")
-    model, encoder = _load(options)
+    model, encoder = _load_to_unlearn(options)
     penalty = _penalty(options) if method == "ssiuu" else None
     for row in [*forget, *(retain or [])]:
         encoder.encode(row)
@@ -170,6 +170,9 @@ def attack(options: AttackOptions) -> None:
     forget = load_examples(options.forget)
     instructions = None if options.instructions == "none" else load_instructions(options.instructions)
     model, encoder = _load(options)
+    if adapters.is_adapted(model):
+        print(f"{options.model} is an adapter: merged into its model in memory, all of which is attacked")
+        model = adapters.merged(model)
     taught_at = _noted_teaching_rate(options.model) if options.taught_at is None else options.taught_at
     for row in [*forget, *(instructions or [])]:
         encoder.encode(row)
@@ -296,11 +299,32 @@ def _penalty(options: UnlearnOptions) -> dict:
     return {name: getattr(options, name) for name in names}
 
 
-def _load(options: UnlearnOptions | AttackOptions | EvaluateOptions):
+def _load(options: AttackOptions | EvaluateOptions):
     return _load_from(options.model, options)
 
 
-def _load_from(place: str, options: UnlearnOptions | AttackOptions | EvaluateOptions | InfluenceOptions):
+def _load_to_unlearn(options: UnlearnOptions):
+    """The model with what is to be trained requiring grad: all of it, or the adapters that it has or gets."""
+    if options.load_in_4bit and options.lora_rank is None and adapters.find_adapter(options.model) is None:
+        raise ValueError("load_in_4bit: weights in 4 bits can't be trained, give lora_rank too")
+    dtype = getattr(torch, options.dtype)
+    device = models.default_device(options.device)
+    model, tokenizer = models.load(options.model, dtype=dtype, device=device, load_in_4bit=options.load_in_4bit)
+    encoder = _encoder(model, tokenizer, options.style, options.max_length)
+    if options.lora_rank is not None:
+        model = adapters.add_lora(
+            model,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            targets=options.lora_targets,
+            dropout=options.lora_dropout,
+        )
+    if options.gradient_checkpointing:
+        models.checkpoint_blocks(model)
+    return model, encoder
+
+
+def _load_from(place: str, options: AttackOptions | EvaluateOptions | InfluenceOptions):
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     model, tokenizer = models.load(place, dtype=dtype, device=models.default_device(options.device))
     return model, _encoder(model, tokenizer, options.style, options.max_length)
@@ -313,7 +337,9 @@ def _common_length(places: dict[str, str], rows: Sequence[Example], options: Inf
     model is loaded.
     """
     tokenizers = [models.load_tokenizer(place) for place in places.values()]
-    positions = {place: _positions(read_config(place)) or options.max_length for place in places.values()}
+    positions = {
+        place: _positions(read_config(models.base_name(place))) or options.max_length for place in places.values()
+    }
     shortest = min(positions, key=positions.__getitem__)
     length = min(options.max_length, positions[shortest])
     encoders = [Encoder(tokenizer, style=options.style, max_length=length) for tokenizer in tokenizers]

@@ -11,7 +11,8 @@ FREED_GRAPH = "Trying to backward through the graph a second time"
 REENTRANT = "use_reentrant=True"
 DONATED_BUFFERS = "donated buffers"
 REENTRANT_REMEDY = (
-    "reentrant gradient checkpointing can't give the gradient of the target: use "
+    "reentrant gradient checkpointing can't give the gradient of the target, and on frozen embeddings (LoRA) may train "
+    "nothing: use "
     "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 
@@ -50,7 +51,26 @@ def strip(model: nn.Module) -> tuple[nn.Module, nn.parallel.DistributedDataParal
             "the model is in DistributedDataParallel(static_graph=True), which takes the first backward pass through "
             "its graph for the loss's: leave static_graph out, or use find_unused_parameters=True"
         )
+    keep_unpacked(model)
     return model, ddp
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keeps bitsandbytes from packing weights in 4 bits for inference, which it does in the first evaluation on a CPU
+    with AVX-512 BF16: gradients that pass through packed weights are silently wrong (bitsandbytes 0.50).
+
+    Raises ValueError where they are packed already.
+    """
+    for name, module in model.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        state = getattr(module.weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"{name}: bitsandbytes packed these 4-bit weights in an evaluation on the CPU, and gradients through "
+                "packed weights are wrong: load the model again, and build this before the first evaluation"
+            )
+        module.support_avx512bf16_for_cpu = False
 
 
 def refuse_compiled(model: nn.Module, otherwise: str = "") -> None:
@@ -202,7 +222,8 @@ def refuse_missing(target: Tensor, found: int, total: int, sought: str, usual_re
         raise RuntimeError(REENTRANT_REMEDY)
     if not found:
         raise RuntimeError(
-            f"0 of {total} {sought} are in this graph: was the model {usual_reasons} after the regulariser was built?"
+            f"0 of {total} {sought} are in this graph: was the model {usual_reasons} after the regulariser was built? "
+            "Or are blocks checkpointed with use_reentrant=True on frozen embeddings (LoRA)? Then use_reentrant=False"
         )
 
 

@@ -1,10 +1,14 @@
-"""Small Llamas from a config, and ordinary Hugging Face folders in and out."""
+"""Small Llamas from a config, and ordinary Hugging Face folders, of models and of adapters, in and out."""
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from ssiuu_fast import adapters, engines
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -90,33 +94,116 @@ def new_llama(
         return LlamaForCausalLM(config).eval()
 
 
-def load(name, dtype: torch.dtype | None = None, device=None):
+def load(name, dtype: torch.dtype | None = None, device=None, *, load_in_4bit: bool = False):
     """(model, tokenizer) of a Hugging Face folder or hub name, the model in eval mode.
 
     dtype None keeps the checkpoint's. Code from the model's folder is never run and pickled weights are never read.
-    Raises FileNotFoundError or ValueError when a local folder isn't a model.
-    """
-    from transformers import AutoModelForCausalLM
 
+    An adapter (PEFT) comes on its base model, which its config names: a PeftModel whose adapter requires grad and whose
+    base is frozen. load_in_4bit: the weights of the linear modules but the head in NF4 (QLoRA, arXiv 2305.14314), two
+    of them a byte, computed with in `dtype`; they can't be trained themselves.
+
+    Raises FileNotFoundError or ValueError when a local folder isn't a model, or an adapter's base can't be had;
+    ImportError where peft, or for 4 bits bitsandbytes, is missing.
+    """
     tokenizer = load_tokenizer(name)
-    name = str(name)
-    with _loading(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto" if dtype is None else dtype, trust_remote_code=False, use_safetensors=True
-        )
-    if device is not None:
-        model = model.to(device)
-    return model.eval(), tokenizer
+    adapter = adapters.find_adapter(name)
+    if adapter is None:
+        return _load_model(str(name), dtype, device, load_in_4bit).eval(), tokenizer
+    with _loading_base(adapter) as base:
+        model = _load_model(base, dtype, device, load_in_4bit)
+    return adapters.attach(model, adapter).eval(), tokenizer
 
 
 def load_tokenizer(name):
-    """The tokenizer of a model that `load` takes, without the model. Raises as `load` does."""
+    """The tokenizer of a model that `load` takes, without the model; of an adapter without its own, that of its base.
+
+    Raises as `load` does.
+    """
+    adapter = adapters.find_adapter(name)
+    if adapter is None:
+        _check_folder(name)
+        return _load_tokenizer(str(name))
+    with _loading_base(adapter) as base:
+        if not (adapter / "tokenizer_config.json").exists():
+            return _load_tokenizer(base)
+    return _load_tokenizer(str(adapter))
+
+
+def base_name(name) -> str:
+    """Of an adapter the folder or hub name of its base model, of any other model its own."""
+    adapter = adapters.find_adapter(name)
+    return str(name) if adapter is None else adapters.base_name(adapter)
+
+
+def checkpoint_blocks(model, on: bool = True) -> None:
+    """Gradient checkpointing, non-reentrant: blocks are computed again in each backward pass.
+
+    Frozen embeddings don't matter to it, as they do to reentrant checkpointing, which would leave adapters without a
+    gradient. Raises ValueError for a model that has none.
+    """
+    if not model.supports_gradient_checkpointing:
+        if on:
+            raise ValueError(f"a model of type {model.config.model_type!r} has no gradient checkpointing")
+        return
+    with warnings.catch_warnings():
+        # transformers 5.23 prefers another name, which 5.0 doesn't have
+        warnings.simplefilter("ignore", FutureWarning)
+        if on:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            model.gradient_checkpointing_disable()
+
+
+def _load_model(name: str, dtype: torch.dtype | None, device, load_in_4bit: bool):
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": "auto" if dtype is None else dtype}
+    if load_in_4bit:
+        # a model in 4 bits is made on its device, not moved there
+        options |= {"quantization_config": _four_bits(dtype), "device_map": {"": device or "cpu"}}
+    with _loading(name):
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **options)
+    engines.keep_unpacked(model)
+    return model if device is None or load_in_4bit else model.to(device)
+
+
+def _four_bits(dtype: torch.dtype | None):
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ImportError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or torch.bfloat16,
+    )
+
+
+def _load_tokenizer(name: str):
     from transformers import AutoTokenizer
 
-    _check_folder(name)
     remedy = "is its tokenizer there? Save it beside the model: tokenizer.save_pretrained(folder)"
-    with _loading(str(name), remedy):
-        return AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+    with _loading(name, remedy):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+@contextmanager
+def _loading_base(adapter: Path) -> Iterator[str]:
+    """The name of an adapter's base; what goes wrong with that one is told with what wanted it."""
+    base = adapters.base_name(adapter)
+    try:
+        if adapters.find_adapter(base) is not None:
+            raise ValueError(f"{base} is an adapter itself: merge it into its model")
+        _check_folder(base)
+        yield base
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(
+            f"{adapter} is an adapter of {base}, which can't be loaded: {error}. If that model is elsewhere, write "
+            f"where as base_model_name_or_path in {adapter / adapters.CONFIG}"
+        ) from error
 
 
 @contextmanager
@@ -141,7 +228,10 @@ def default_device(name: str | None = None) -> torch.device:
 
 
 def save(model, tokenizer, folder) -> None:
-    """Write model (safetensors) and tokenizer as an ordinary Hugging Face folder, for `load` or from_pretrained."""
+    """Write model (safetensors) and tokenizer as an ordinary Hugging Face folder, for `load` or from_pretrained.
+
+    Of a model with adapters, the adapters alone are written, as PEFT reads them.
+    """
     folder = Path(folder)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -156,12 +246,6 @@ def _check_folder(name) -> None:
     if not folder.is_dir():
         raise ValueError(f"{name} is a file; name the model's folder, with config.json and *.safetensors")
     files = sorted(file.name for file in folder.iterdir())
-    weights = [file for file in files if file.endswith(".safetensors") and not file.startswith("adapter_")]
-    if "adapter_config.json" in files and not ("config.json" in files and weights):
-        raise ValueError(
-            f"{name} is a PEFT adapter without its model: merge it first, model.merge_and_unload() and then "
-            "save_pretrained(folder) of the result and of the tokenizer, and name that folder"
-        )
     if "config.json" not in files:
         raise ValueError(
             f"{name} holds no config.json, so it isn't a Hugging Face model folder "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.agreement import Agreement
+from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.neuron_measurement import Measurement
 from ssiuu_fast.neuron_references import BatchReferences, Form, SampleReferences
 from ssiuu_fast.ops.backends import choose
@@ -55,6 +56,7 @@ class NeuronGrain:
             raise ValueError("granularity='neuron' taps the outputs of modules: give the model, not its parameters")
         engines.refuse_compiled(model, ", or use granularity='parameter'")
         model = engines.unwrap(model)
+        refuse_reentrant(model)
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise ValueError("no parameter of the model requires grad: unfreeze what is to be trained")

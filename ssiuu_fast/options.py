@@ -92,7 +92,7 @@ class UnlearnOptions:
     """What is unlearned, by which method, and when to stop.
 
     Args:
-        model: folder or hub name of the model.
+        model: folder or hub name of the model, or of adapters (PEFT) of one.
         forget: rows to forget: a JSONL file (question/answer, prompt/completion or messages), people:forget, or
             TOFU-FOLDER:forget01.
         retain: rows to keep, same forms. Without it only GA can run.
@@ -110,15 +110,24 @@ class UnlearnOptions:
         target: what the attribution is of: probability (the paper), log_probability or mean_token_probability (for
             long answers, whose probability underflows).
         granularity: what has an attribution: each parameter (the paper), or each neuron, an output of a linear module.
+            Of adapters the parameters are those of A and B, the neurons those of the whole adapted module.
         reference: what attributions are compared with: previous step or initial weights.
         one_sided: penalise only attributions below their reference.
         every: penalise each k-th step only, k times as much.
         state_dtype: what the penalty's references are stored in; 8bit is a quarter of float32. Left open: the dtype of
             the weights.
+        lora_rank: train adapters of this rank (LoRA) instead of the model, and save the adapters alone. They take
+            higher learning rates. Left open: the model is trained, or its adapters where it has some.
+        lora_alpha: adapters are scaled by alpha / rank; left open, twice the rank.
+        lora_targets: linear modules that get adapters, by name as q_proj; left open, all inside the blocks.
+        lora_dropout: on the input of adapters while training.
+        load_in_4bit: the frozen model under the adapters in 4 bits (QLoRA); needs bitsandbytes. The run's scores are of
+            that model; other commands put the adapters on the model as it is on disk.
+        gradient_checkpointing: compute the activations of blocks again in every backward pass instead of keeping them.
         style: how questions are put: chat template, plain "Question: … Answer:", or whichever the tokenizer has.
         max_length: longest row in tokens; longer ones are cut.
         dtype: weights in memory, whatever the checkpoint's. bfloat16 halves them, and loses updates smaller than 1/256
-            of a weight: at the learning rates of unlearning most of them.
+            of a weight: at the learning rates of unlearning most of them. Adapters stay in float32.
         device: cpu, cuda, cuda:1, …; left open, a GPU where there is one.
         seed: order of rows.
         output: a new folder; the model goes to its subfolder "model". Left open: runs/unlearn-<time>.
@@ -142,6 +151,12 @@ class UnlearnOptions:
     one_sided: bool = False
     every: int = 1
     state_dtype: Literal["float32", "bfloat16", "8bit"] | None = None
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: list[str] | None = None
+    lora_dropout: float = 0.0
+    load_in_4bit: bool = False
+    gradient_checkpointing: bool = False
     style: Literal["auto", "chat", "plain"] = "auto"
     max_length: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -150,8 +165,14 @@ class UnlearnOptions:
     output: str | None = None
 
     def __post_init__(self):
-        _require(self, 1, "max_epochs", "batch_size", "micro_batch_size", "every", "max_length")
-        _require_above_zero(self, "learning_rate")
+        _require(self, 1, "max_epochs", "batch_size", "micro_batch_size", "every", "max_length", "lora_rank")
+        _require_above_zero(self, "learning_rate", "lora_alpha")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be at least 0 and under 1, got {self.lora_dropout!r}")
+        if self.lora_rank is None and (
+            self.lora_alpha is not None or self.lora_targets is not None or self.lora_dropout
+        ):
+            raise ValueError("lora_alpha, lora_targets and lora_dropout are of adapters: give lora_rank too")
         if self.weight is not None and self.relative_weight is not None:
             raise ValueError("give weight or relative_weight, not both")
         if self.granularity == "neuron" and self.state_dtype not in (None, "float32"):
@@ -172,7 +193,8 @@ class AttackOptions:
     """Which model is attacked, and how.
 
     Args:
-        model: folder or hub name of the unlearned model. It is not changed.
+        model: folder or hub name of the unlearned model. It is not changed. Adapters are merged into their model in
+            memory: an attacker trains all of it.
         forget: the rows that it was to forget, in the forms that unlearn takes.
         harmful: fractions of the forget rows to retrain on; an empty list leaves the harmful attack out.
         instructions: instruction data of the benign attack: exercises (embedded), a file or hub name of Alpaca's form,

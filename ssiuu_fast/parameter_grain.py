@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.change import ChangeWatch
+from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
 from ssiuu_fast.ranks import local_part
@@ -234,6 +235,7 @@ def _engine(
     if isinstance(model_or_named_parameters, nn.Module):
         model, ddp = engines.strip(model_or_named_parameters)
         model_or_named_parameters = model
+        refuse_reentrant(model)
         engines.refuse_partitioned(model.named_parameters())
     selected = select_parameters(model_or_named_parameters, patterns)
     engines.refuse_partitioned(selected.items())

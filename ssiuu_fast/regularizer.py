@@ -53,11 +53,13 @@ class SSIUURegularizer:
         other regularisers may. Needs the model. Until then one tensor of each such output is kept, and frozen layers
         below build a graph too. A module outside a step's graph has A = 0; its "initial" references stay.
     reference: "previous", A of the step before (Algorithm 1), or "initial", A at the starting weights
-        (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample.
+        (`set_reference`; without it, the first step's). Neurons have their "initial" reference by sample. Of fresh LoRA
+        (B = 0) every attribution is 0, and so is every "initial" reference.
     one_sided: penalise only A below its reference.
     every: regularise each k-th step, with k·λ; the others do no pass.
     parameters: glob patterns over parameter names; None takes the weights of the linear modules inside the blocks.
-        Neurons: those of the linear modules whose weights match, or of all inside the blocks.
+        Neurons: those of the linear modules whose weights match, or of all inside the blocks. Of LoRA these are A and
+        B, whichever adapter is trained, and the outputs of whole adapted modules (selection.py).
     state_dtype: what the references are stored in, torch.float32, torch.bfloat16 or "8bit" (1.016 bytes an element,
         `ops.Blockwise8`); None takes the parameter's dtype (fp32 for fp16). Warns once, naming torch.float32, where
         attributions change less from step to step than few bits can show (`last_step.relative_change`). Of no use for

@@ -1,5 +1,6 @@
 """Which parameters of a model are regularised, or which modules' neurons."""
 
+import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
@@ -8,6 +9,9 @@ from torch import nn
 from ssiuu_fast.warn import warn_user
 
 NamedParameters = dict[str, nn.Parameter]
+
+# what PEFT calls the containers of its adapters
+_ADAPTERS = re.compile(r"\.(?:lora_\w+|modules_to_save)\.")
 
 
 def select_parameters(
@@ -18,6 +22,10 @@ def select_parameters(
     patterns None: of a model, the weights of the linear modules inside its blocks that require grad (METHOD, open
     point 6); of named parameters, all that require grad. Otherwise those that require grad and match one of the
     glob patterns. Raises ValueError where nothing is left, or a pattern matches nothing.
+
+    Of a model with adapters of PEFT, None takes A and B of LoRA inside the blocks, whose modules are linear, of every
+    adapter that is active; and a linear module of `modules_to_save`, trained as a whole. Not DoRA's magnitudes, IA3's
+    factors or LoRA on embeddings: those are no linear module's weights. The frozen base, quantised or not, is left out.
     """
     patterns = _listed(patterns)
     if isinstance(model_or_named_parameters, nn.Module):
@@ -29,7 +37,7 @@ def select_parameters(
         candidates = _matching(named, patterns, "parameters")
     selected = {name: parameter for name, parameter in candidates.items() if parameter.requires_grad}
     if not selected:
-        raise ValueError(_nothing_selected(len(named), len(candidates), patterns))
+        raise ValueError(_nothing_selected(named, len(candidates), patterns))
     if patterns is None and isinstance(model_or_named_parameters, nn.Module):
         stacked = [p for p in _stacked_weights(model_or_named_parameters) if named[p].requires_grad]
         _warn_of_stacked(
@@ -47,11 +55,7 @@ def select_modules(model: nn.Module, patterns: Iterable[str] | None) -> dict[str
     A linear module with adapters (LoRA) is one module: its neurons are the outputs of the whole, under its own name.
     """
     patterns = _listed(patterns)
-    linear: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        inside = any(outer in linear for outer in _parents(name))
-        if _is_linear(base_layer(module)) and not inside:
-            linear[name] = module
+    linear = linear_modules(model)
     if patterns is None:
         selected = {name: module for name, module in linear.items() if _in_block(name)}
     else:
@@ -75,9 +79,20 @@ def select_modules(model: nn.Module, patterns: Iterable[str] | None) -> dict[str
     return selected
 
 
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear modules by name. One with adapters, or with a trained copy of itself (PEFT), is one module."""
+    linear: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = any(outer in linear for outer in _parents(name))
+        if _is_linear(base_layer(module)) and not inside:
+            linear[name] = module
+    return linear
+
+
 def base_layer(module: nn.Module) -> nn.Module:
-    """The linear module that adapters were put around, as PEFT names it; any other module is its own."""
-    return getattr(module, "base_layer", module)
+    """The linear module that adapters were put around, or that is replaced by a trained copy, as PEFT names them; any
+    other module is its own."""
+    return getattr(module, "base_layer", getattr(module, "original_module", module))
 
 
 def _parents(name: str) -> list[str]:
@@ -128,7 +143,8 @@ def _warn_of_stacked(names: list[str], remedy: str) -> None:
 
 
 def _in_block(name: str) -> bool:
-    return any(part.isdecimal() for part in name.split("."))
+    # below an adapted module a number is the name of an adapter
+    return any(part.isdecimal() for part in _ADAPTERS.split(name)[0].split("."))
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -156,14 +172,20 @@ def _matching(named: dict, patterns: list[str], what: str) -> dict:
     return {name: p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
 
 
-def _nothing_selected(total: int, candidates: int, patterns: Iterable[str] | None) -> str:
+def _nothing_selected(named: NamedParameters, candidates: int, patterns: Iterable[str] | None) -> str:
+    trained = [name for name, parameter in named.items() if parameter.requires_grad]
+    if candidates and trained and patterns is None:
+        return (
+            f"none of the {candidates} weights of linear modules in blocks requires grad; {len(trained)} other "
+            f"parameters do (the first is {trained[0]!r}): if it is those, choose them by name, parameters=[...]"
+        )
     if candidates:
         return (
             f"none of the {candidates} selected parameters requires grad: unfreeze them before building the regulariser"
         )
-    if patterns is None and total:
+    if patterns is None and named:
         return (
-            f"no linear module in a numbered block was found among {total} parameters: "
+            f"no linear module in a numbered block was found among {len(named)} parameters: "
             "choose the parameters by name, parameters=['*weight']"
         )
     return "there are no parameters to regularise"

@@ -177,9 +177,13 @@ def _walk(model: nn.Module) -> tuple[list[tuple[Site, Place]], list[tuple[Site, 
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     known, unknown, found = [], [], []
     for path, module in model.named_modules():
+        # what is below a site, or below the head, belongs to it: adapters, the module they were put around
+        if any(path.startswith(outer) for outer in found):
+            continue
         split = _split(path)
-        # what is below a site belongs to it: adapters, the module they were put around
-        if split is None or any(path.startswith(outer) for outer in found):
+        if split is None:
+            if _is_linear(base_layer(module)):
+                found.append(f"{path}.")
             continue
         layer, inside = split
         if inside in _KIND_OF_PATH:

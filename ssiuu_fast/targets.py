@@ -34,7 +34,10 @@ def check_log_probs(log_probs: Tensor, target: str, token_counts: Tensor | None)
     if not log_probs.numel():
         raise ValueError("log_probs is empty: the forget set or this batch of it has no sample")
     if not log_probs.requires_grad:
-        raise ValueError("log_probs has no graph: form it with gradients enabled, from this model's logits")
+        raise ValueError(
+            "log_probs has no graph: form it with gradients enabled, from this model's logits. Where embeddings are "
+            "frozen (LoRA), reentrant gradient checkpointing leaves none either: enable it with use_reentrant=False"
+        )
     on_cpu = log_probs.device.type == "cpu"
     if on_cpu:
         wrong = (torch.isnan(log_probs) | (log_probs == float("inf"))).nonzero()

@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.evaluation.scores import score
+from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.loop import checkpoints
 from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.loop.flow import UnlearningFlow
@@ -77,6 +78,7 @@ class UnlearningTrainer(Trainer):
         self.test = None if test is None else read_rows(test, self.encoder, "test")
         refuse_rows(self.objective, self.forget, self.retain, self.test, refusals)
         refuse_half_weights(model, args)
+        refuse_reentrant(model)
         self._refusals = refusals
         self._forget_score = forget_score
         self.threshold = threshold_of(args, self.forget, forget_score)
@@ -364,14 +366,12 @@ class UnlearningTrainer(Trainer):
     def _score_forget(self) -> float:
         if self._forget_score is None:
             return self._score(self.forget)
-        return self._agreed(float(self._forget_score(self.model)))
+        # what one rank found is what all go by
+        return self.ranks.gather(float(self._forget_score(self.model)))[0]
 
     def _score(self, rows: Rows) -> float:
         size, longest = self.args.per_device_eval_batch_size, self.args.max_new_tokens
-        return self._agreed(score(self.model, self.encoder, rows.examples, size, longest).mean)
-
-    def _agreed(self, value: float) -> float:
-        return self.ranks.gather(value)[0]
+        return score(self.model, self.encoder, rows.examples, size, longest).mean
 
     # checkpoints
 

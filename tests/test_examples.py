@@ -6,19 +6,12 @@ import re
 import runpy
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-import ssiuu_fast
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
-needs_trainer = pytest.mark.skipif(find_spec("ssiuu_fast.trainer") is None, reason="UnlearningTrainer isn't here yet")
-needs_shards = pytest.mark.skipif(
-    not hasattr(ssiuu_fast, "save_regularizer"), reason="the regulariser doesn't take shards yet"
-)
 
 
 @pytest.fixture
@@ -56,7 +49,6 @@ def test_plain_loop(run, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
 
 
-@needs_shards
 def test_torchrun_on_two_ranks_is_the_plain_loop(run, people, taught_folder, tmp_path):
     plain = run("plain_loop.py", *people, "--steps", 7, "--output", tmp_path / "one")
     sharded = torchrun("torchrun_fsdp2.py", *people, "--steps", 7, "--output", tmp_path / "two")
@@ -68,7 +60,6 @@ def test_torchrun_on_two_ranks_is_the_plain_loop(run, people, taught_folder, tmp
     assert any((tmp_path / "two" / "regularizer").iterdir())
 
 
-@needs_trainer
 def test_trainer(run, people, taught_folder, tmp_path):
     printed = run("trainer.py", *people, *trainer_flags(tmp_path), "--learning_rate", "1e-3", "--num_train_epochs", 4)
     shares = numbers(r"'penalty_share': '([^']+)'", printed)
@@ -80,7 +71,6 @@ def test_trainer(run, people, taught_folder, tmp_path):
     assert all(not end[name].equal(start[name]) for name in start)
 
 
-@needs_trainer
 def test_lora(run, people, tmp_path):
     printed = run("lora.py", *people, *trainer_flags(tmp_path), "--learning_rate", "4e-3", "--num_train_epochs", 4)
     assert max(numbers(r"'penalty_share': '([^']+)'", printed)) > 0

@@ -92,15 +92,6 @@ def test_folders_that_are_no_model_are_refused(tmp_path):
         load(tmp_path / "config.json")
 
 
-def test_an_adapter_is_refused_with_the_remedy(tmp_path):
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        (tmp_path / file).write_bytes(b"{}")
-    for _ in range(2):
-        with pytest.raises(ValueError, match=r"PEFT adapter.*merge_and_unload\(\).*save_pretrained"):
-            load(tmp_path)
-        (tmp_path / "config.json").write_text("{}")
-
-
 def test_a_folder_without_a_tokenizer_is_named_with_the_remedy(tmp_path, model):
     model.save_pretrained(tmp_path / "bare")
     with pytest.raises((ValueError, OSError), match=r"can't load .*bare.*tokenizer\.save_pretrained") as refused:

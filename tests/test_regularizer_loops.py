@@ -127,10 +127,13 @@ def test_non_reentrant_checkpointing_changes_nothing():
 
 def test_reentrant_checkpointing_is_refused_with_the_remedy():
     model = tiny_llama()
+    before = SSIUURegularizer(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        SSIUURegularizer(model)
     with pytest.raises(RuntimeError, match="'use_reentrant': False"):
-        step(model, SSIUURegularizer(model), batch())
+        step(model, before, batch())
 
 
 def test_scale_multiplies_the_gradient_alone():

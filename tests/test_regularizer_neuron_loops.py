@@ -76,10 +76,13 @@ def test_non_reentrant_checkpointing_changes_nothing(reference, make):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
 def test_reentrant_checkpointing_is_refused_with_the_remedy():
     model = tiny_llama()
+    before = neurons(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        neurons(model)
     with pytest.raises(RuntimeError, match="'use_reentrant': False"):
-        step(model, neurons(model), batch())
+        step(model, before, batch())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -1,6 +1,5 @@
 """A model without its weights: what can be counted on it, and run with it, takes no memory."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ssiuu_fast.models import checkpoint_blocks
 from ssiuu_fast.selection import select_modules, select_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,17 +56,7 @@ class Skeleton:
 
     def checkpoint(self, on: bool) -> None:
         """Gradient checkpointing, non-reentrant; raises ValueError for a model that has none."""
-        if not self.model.supports_gradient_checkpointing:
-            if on:
-                raise ValueError(f"a model of type {self.name!r} has no gradient checkpointing")
-            return
-        with warnings.catch_warnings():
-            # transformers 5.23 prefers another name, which 5.0 doesn't have
-            warnings.simplefilter("ignore", FutureWarning)
-            if on:
-                self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            else:
-                self.model.gradient_checkpointing_disable()
+        checkpoint_blocks(self.model, on)
 
 
 def read_config(name: str):

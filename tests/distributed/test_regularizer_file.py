@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from runs import Case, Run, rows_of
+from rank_runs import Case, Run, rows_of
 from steps import WEIGHT
 from tiny import tiny_llama
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import Case, Run, make_model, rows_of, shard
+from rank_runs import Case, Run, make_model, rows_of, shard
 from tiny import log_probs_of, tiny_llama
 from torch import nn
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from runs import Case, Run, run
+from rank_runs import Case, Run, run
 
 FP32 = {"dtype": torch.float32, "optimizer": "adamw"}
 CASES = {
