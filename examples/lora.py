@@ -13,8 +13,7 @@ from common import Data, model_and_rows
 from peft import LoraConfig, get_peft_model
 from transformers import HfArgumentParser
 
-from ssiuu_fast.trainer import UnlearningTrainer
-from ssiuu_fast.trainer_config import UnlearningConfig
+from ssiuu_fast import UnlearningConfig, UnlearningTrainer
 
 data, config = HfArgumentParser((Data, UnlearningConfig)).parse_args_into_dataclasses()
 model, tokenizer, forget, retain = model_and_rows(data)
