@@ -349,7 +349,7 @@ class CompareOptions:
         threshold: stop unlearning when the forget score is at or under this. Left open: the data's (see unlearn).
         seeds: runs of each method at its learning rate; a seed has its own order of rows and its own attack sets.
         learning_rates: those that are tried, from the lowest up to the first that reaches the threshold. Left open:
-            {1, 2, 5}·10^k from a thousandth of taught_at to taught_at.
+            {1, 2, 5}·10^k from a thousandth of taught_at to ten times it.
         max_epochs: passes over the forget rows at most.
         penalised_max_epochs: the same, for a method with the penalty at the learning rate found for its backbone.
         objective_options: options of objectives by name, for example {npo: {beta: 0.5}}.

@@ -123,8 +123,8 @@ def reached(result: Mapping) -> bool:
 
 
 def learning_rates(taught_at: float) -> tuple[float, ...]:
-    """{1, 2, 5}·10^k from a thousandth of the rate that taught the model up to that rate."""
+    """{1, 2, 5}·10^k from a thousandth of the rate that taught the model up to ten times that rate."""
     lowest = math.floor(math.log10(taught_at)) - 4
-    ladder = [float(f"{digit}e{lowest + power}") for power in range(6) for digit in (1, 2, 5)]
+    ladder = [float(f"{digit}e{lowest + power}") for power in range(7) for digit in (1, 2, 5)]
     slack = 1 + 1e-6
-    return tuple(rate for rate in ladder if taught_at * 1e-3 <= rate * slack and rate <= taught_at * slack)
+    return tuple(rate for rate in ladder if taught_at * 1e-3 <= rate * slack and rate <= taught_at * 10 * slack)

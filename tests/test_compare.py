@@ -235,9 +235,9 @@ def test_your_own_rows_and_model(files, taught_folder):
     assert found.task.split.test == found.task.split.retain
     assert "RS is on the retain rows" in found.notes[0]
     assert (found.start, found.recipe.teaching_rate, found.recipe.max_positions) == (str(taught_folder), 1e-5, 100)
-    assert (found.sweep.rates[0], found.sweep.rates[-1]) == (1e-8, 1e-5)
+    assert (found.sweep.rates[0], found.sweep.rates[-1]) == (1e-8, 1e-4)
     noted = compare_setting.setting(own(files, taught_folder, taught_at=2e-3, test=files["test"], threshold=0.25))
-    assert (noted.sweep.rates[-1], noted.task.threshold, noted.notes) == (2e-3, 0.25, [])
+    assert (noted.sweep.rates[-1], noted.task.threshold, noted.notes) == (2e-2, 0.25, [])
 
 
 @pytest.mark.parametrize(

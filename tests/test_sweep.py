@@ -101,7 +101,7 @@ def test_searches_come_first_and_attacks_last():
 
 @pytest.mark.parametrize(
     ("taught_at", "lowest", "highest", "number"),
-    [(1e-3, 1e-6, 1e-3, 10), (1e-5, 1e-8, 1e-5, 10), (3e-4, 5e-7, 2e-4, 9), (5e-3, 5e-6, 5e-3, 10)],
+    [(1e-3, 1e-6, 1e-2, 13), (1e-5, 1e-8, 1e-4, 13), (3e-4, 5e-7, 2e-3, 12), (5e-3, 5e-6, 5e-2, 13)],
 )
 def test_the_usual_rates(taught_at, lowest, highest, number):
     rates = learning_rates(taught_at)
