@@ -14,7 +14,7 @@ from torch import nn
 from ssiuu_fast import attribute, models
 from ssiuu_fast.adapters import add_lora, is_adapted, merged
 from ssiuu_fast.cli import main
-from ssiuu_fast.options import UnlearnOptions
+from ssiuu_fast.unlearn_options import UnlearnOptions
 from ssiuu_fast.unlearning import unlearn
 
 peft = pytest.importorskip("peft")

@@ -139,7 +139,10 @@ def test_before_the_first_step(tmp_path, options, message):
 
 # found when adapters are put on, before there is a trainer
 REFUSED_ADAPTERS = {
-    "LoRA targets that match nothing": ({"targets": ["c_attn"]}, "no linear module is named c_attn; this model has q_pr"),
+    "LoRA targets that match nothing": (
+        {"targets": ["c_attn"]},
+        "no linear module is named c_attn; this model has q_pr",
+    ),
     "no LoRA targets": ({"targets": []}, r"no linear module is named \(nothing given\)"),
     "LoRA targets as one string": ({"targets": "q_proj"}, "must be a list of names, got the string 'q_proj'"),
 }
