@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from ssiuu_fast import adapters, models
 from ssiuu_fast.data.collate import Encoder
@@ -66,6 +67,8 @@ def unlearn(options: UnlearnOptions) -> None:
     record.score = partial(_score, trainer.encoder, asked.kept)
     trainer.args.output_dir = str(run.file(CHECKPOINTS))
     show(trainer, asked.method.name)
+    # one for every file of a checkpoint
+    disable_progress_bar()
     try:
         results = _train(trainer, record, resume=resume)
     except KeyboardInterrupt:
@@ -253,7 +256,7 @@ def _train(trainer: UnlearningTrainer, record: _Record, *, resume: bool) -> dict
 
 
 def _save(trainer: UnlearningTrainer, folder: Path) -> None:
-    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.args.sharded else None
+    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
         models.save(trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, folder, gathered)
 
