@@ -314,8 +314,9 @@ def test_adapters_through_every_command(taught_folder, tmp_path, capsys):
         assert main([command, *map(str, flags), "--output", str(tmp_path / name)]) == 0
         return capsys.readouterr().out
 
-    lora = ["--lora_rank", "4", "--gradient_checkpointing", "true", "--learning_rate", "2e-2", "--max_epochs", "8"]
-    run("unlearn", "unlearned", "--model", taught_folder, *rows, *lora, "--lora_targets", "[q_proj,down_proj]")
+    lora = ["--lora_rank", "4", "--gradient_checkpointing", "true", "--learning_rate", "2e-2", "--max_epochs", "4"]
+    lora += ["--lora_targets", "[q_proj,down_proj]", "--weight", "1"]
+    run("unlearn", "unlearned", "--model", taught_folder, *rows, *lora)
     model = tmp_path / "unlearned" / "model"
     results = json.loads((tmp_path / "unlearned" / "results.json").read_text())
     assert results["after"]["FS"] < results["before"]["FS"]
@@ -332,7 +333,7 @@ def test_adapters_through_every_command(taught_folder, tmp_path, capsys):
     attacked = json.loads((tmp_path / "attacked" / "results.json").read_text())[0]
     assert attacked["recovered"] > attacked["before"]
 
-    further = ["--threshold", "0", "--max_epochs", "1", "--learning_rate", "1e-3"]
+    further = ["--threshold", "0", "--max_epochs", "2", "--learning_rate", "2e-2", "--weight", "1"]
     run("unlearn", "further", "--model", model, *rows, *further)
     again = load_file(tmp_path / "further" / "model" / "adapter_model.safetensors")
     assert again.keys() == tensors.keys() and not all(torch.equal(again[name], tensors[name]) for name in again)
