@@ -51,7 +51,6 @@ def taught_people():
     )
     rows = [Encoder(tokenizer).encode(row) for row in split.memorised]
     finetune(model, rows, learning_rate=5e-3, epochs=30, seed=0)
-    model.zero_grad()  # its last step's
     return model, tokenizer, split.forget, split.retain
 
 

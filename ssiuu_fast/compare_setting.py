@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ssiuu_fast import models
+from ssiuu_fast.comparison_options import CompareOptions
 from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.data.example import Example, Split, refuse_overlap
 from ssiuu_fast.data.sources import load_examples, load_instructions
@@ -18,7 +19,6 @@ from ssiuu_fast.experiment import (
 )
 from ssiuu_fast.methods import method as method_named
 from ssiuu_fast.objectives import make_objective
-from ssiuu_fast.options import CompareOptions
 from ssiuu_fast.sweep import Sweep, learning_rates
 
 # the learning rate at which the paper's models were taught TOFU; attacks take multiples of it

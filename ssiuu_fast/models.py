@@ -227,13 +227,14 @@ def default_device(name: str | None = None) -> torch.device:
         raise ValueError(f"unknown device {name!r}: say cpu, cuda, cuda:1, mps, …") from None
 
 
-def save(model, tokenizer, folder) -> None:
+def save(model, tokenizer, folder, weights: dict | None = None) -> None:
     """Write model (safetensors) and tokenizer as an ordinary Hugging Face folder, for `load` or from_pretrained.
 
-    Of a model with adapters, the adapters alone are written, as PEFT reads them.
+    Of a model with adapters, the adapters alone are written, as PEFT reads them. weights: the whole state dict of a
+    sharded model.
     """
     folder = Path(folder)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
 
 

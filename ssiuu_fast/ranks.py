@@ -1,6 +1,7 @@
 """The processes that share a training step, and sums over them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -85,6 +86,23 @@ class Ranks:
         gathered = [None] * self.size
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """What raises in the body on some ranks ends all of them, so that none waits for one that is gone.
+
+        The first rank that failed raises its error, the others leave with status 1. No communication in the body.
+        """
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        failed = self.gather(error is not None)
+        if any(failed):
+            if failed.index(True) == self.rank:
+                raise error
+            raise SystemExit(1)
 
     def agree(self, condition: bool, device: torch.device) -> bool:
         """Whether the condition holds on any rank: the same answer everywhere."""

@@ -16,6 +16,8 @@ import ssiuu_fast
 PACKAGES = (
     "torch", "transformers", "tokenizers", "datasets", "accelerate", "peft", "rouge-score", "scipy", "triton", "numpy",
 )  # fmt: skip
+# where a run leaves its model
+MODEL_FOLDER = "model"
 
 
 class RunFolder:
@@ -42,6 +44,19 @@ class RunFolder:
         folder = cls(path)
         folder.write_json("config.json", {"command": command, "options": options} | environment())
         return folder
+
+    @classmethod
+    def stopped(cls, path: str | Path, command: str) -> tuple["RunFolder", dict]:
+        """The folder of a stopped run and the options that it was started with.
+
+        Raises ValueError for the folder of another command, OSError where there is none.
+        """
+        folder = cls(Path(path))
+        config = folder.read_json("config.json")
+        if config["command"] != command:
+            raise ValueError(f"{path} is the folder of `{config['command']}`, and only a {command} can be resumed here")
+        print(f"going on in {path} with the options it was started with")
+        return folder, config["options"]
 
     def file(self, name: str) -> Path:
         return self.path / name

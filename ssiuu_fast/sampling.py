@@ -29,6 +29,12 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return -(-rows // min(batch_size, rows))
 
 
+def number_of_micro_batches(batch_size: int, micro_batch_size: int | None) -> int:
+    """The smallest number of equal micro-batches of at most micro_batch_size rows."""
+    least = 1 if micro_batch_size is None else -(-batch_size // micro_batch_size)
+    return next(number for number in range(least, batch_size + 1) if batch_size % number == 0)
+
+
 @lru_cache(maxsize=8)
 def _order(rows: int, seed: int, number: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + number)

@@ -80,7 +80,8 @@ class UnlearningConfig(TrainingArguments):
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
 
     def __post_init__(self):
-        self._refuse_engines()
+        # before TrainingArguments imports its engine
+        refuse_deepspeed(self.deepspeed)
         super().__post_init__()
         self.objective_options = self.objective_options or {}
         self._refuse_options()
@@ -125,13 +126,10 @@ class UnlearningConfig(TrainingArguments):
             return None
         return getattr(self, f"{prefix}_checkpointing_kwargs") or {}
 
-    def _refuse_engines(self) -> None:
-        # before TrainingArguments imports them
-        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
-            raise ValueError(
-                "DeepSpeed is not supported: its engine owns the backward pass, and the gradient of the target can't "
-                "be had beside the loss's. Use DDP, or FSDP2 (fsdp=True) where the model must be sharded"
-            )
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 spreads the model over the ranks, as asked for here or by `accelerate launch`."""
+        return bool(self.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
 
     def _refuse_options(self) -> None:
         for name, value, allowed in (
@@ -236,8 +234,7 @@ class UnlearningConfig(TrainingArguments):
             for prefix in ("activation", "gradient"):
                 if hasattr(self, f"{prefix}_checkpointing"):
                     setattr(self, f"{prefix}_checkpointing_kwargs", options | {"use_reentrant": False})
-        sharded = self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
-        if sharded and self.regularize and self.gradient_accumulation_steps > 1:
+        if self.sharded and self.regularize and self.gradient_accumulation_steps > 1:
             self.accelerator_config.gradient_accumulation_kwargs = {
                 **self._accumulation_options(),
                 "sync_each_batch": True,
@@ -245,3 +242,12 @@ class UnlearningConfig(TrainingArguments):
         if self.n_gpu > 1:
             # DataParallel's replicas hide the parameters from autograd: one GPU, or one process each
             self._n_gpu = 1
+
+
+def refuse_deepspeed(config=None) -> None:
+    """Raises ValueError for a DeepSpeed config, or where a launcher asks for DeepSpeed."""
+    if config or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("1", "true", "yes"):
+        raise ValueError(
+            "DeepSpeed is not supported: its engine owns the backward pass, and the gradient of the target can't "
+            "be had beside the loss's. Use DDP, or FSDP2 (fsdp=True) where the model must be sharded"
+        )

@@ -72,5 +72,7 @@ def finetune(
                     after_step(step, loss.item())
             if after_epoch is not None and after_epoch(epoch):
                 break
+    # not for whoever trains the model next to add to
+    model.zero_grad(set_to_none=True)
     model.eval()
     return step

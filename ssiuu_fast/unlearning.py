@@ -4,11 +4,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.data.example import Example
-from ssiuu_fast.loop.progress import FORGET_SCORE, Progress
+from ssiuu_fast.loop.callbacks import HandOver, show
+from ssiuu_fast.loop.progress import Progress
+from ssiuu_fast.sampling import number_of_micro_batches
 from ssiuu_fast.trainer import UnlearningTrainer
 from ssiuu_fast.trainer_config import UnlearningConfig
 
@@ -32,14 +33,12 @@ def unlearn(
     max_new_tokens: int = 200,
     seed: int = 0,
     log: Callable[[dict], None] | None = None,
-    description: str | None = None,
     trainer: Callable[..., UnlearningTrainer] = UnlearningTrainer,
 ) -> Progress:
     """Unlearns in place by an UnlearningTrainer until the forget score ≤ threshold; see there.
 
     penalty: fields of UnlearningConfig such as {"relative_weight": 30}; None leaves the penalty out. micro_batch_size:
-    rows at once, at most; the result is the same. log: receives every row of the Trainer's log. A description shows a
-    progress bar.
+    rows at once, at most; the result is the same. log: receives every row of the Trainer's log.
     """
     device = next(model.parameters()).device
     if device.type == "cuda" and device.index:
@@ -47,7 +46,7 @@ def unlearn(
             f"the model is on {device}, and a Trainer takes the first GPU it sees: set CUDA_VISIBLE_DEVICES="
             f"{device.index} and leave the number out"
         )
-    micro_batches = _micro_batches(batch_size, micro_batch_size)
+    micro_batches = number_of_micro_batches(batch_size, micro_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         args = UnlearningConfig(
             output_dir=folder,
@@ -66,7 +65,7 @@ def unlearn(
             seed=seed,
             save_strategy="no",
             use_cpu=device.type == "cpu",
-            disable_tqdm=description is None,
+            disable_tqdm=True,
             report_to="none",
         )
         run = trainer(
@@ -77,42 +76,8 @@ def unlearn(
             refusals=refusals,
             processing_class=encoder.tokenizer,
             forget_score=forget_score,
-            callbacks=None if log is None else [_HandOver(log)],
+            callbacks=None if log is None else [HandOver(log)],
         )
-        # both print every row
-        run.remove_callback(PrinterCallback)
-        run.remove_callback(ProgressCallback)
-        if description is not None:
-            run.add_callback(_Bar(description))
+        show(run, None)
         run.train()
         return run.progress()
-
-
-class _HandOver(TrainerCallback):
-    def __init__(self, log: Callable[[dict], None]):
-        self._log = log
-
-    def on_log(self, args, state, control, **kwargs):
-        self._log(state.log_history[-1])
-
-
-class _Bar(ProgressCallback):
-    """The Trainer's bar with the forget score beside it, and no rows in between."""
-
-    def __init__(self, description: str):
-        super().__init__()
-        self._description = description
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.set_description(self._description)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if FORGET_SCORE in (logs or {}) and self.training_bar is not None:
-            self.training_bar.set_postfix(forget=f"{logs[FORGET_SCORE]:.3f}")
-
-
-def _micro_batches(batch_size: int, micro_batch_size: int | None) -> int:
-    """The smallest number of equal micro-batches of at most micro_batch_size rows."""
-    least = 1 if micro_batch_size is None else -(-batch_size // micro_batch_size)
-    return next(number for number in range(least, batch_size + 1) if batch_size % number == 0)

@@ -14,7 +14,7 @@ from torch import nn
 from ssiuu_fast import attribute, models
 from ssiuu_fast.adapters import add_lora, is_adapted, merged
 from ssiuu_fast.cli import main
-from ssiuu_fast.options import UnlearnOptions
+from ssiuu_fast.unlearn_options import UnlearnOptions
 from ssiuu_fast.unlearning import unlearn
 
 peft = pytest.importorskip("peft")
@@ -258,11 +258,10 @@ def test_a_loop_that_would_train_nothing_is_refused(taught):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    rows = [encoder.encode(row) for row in small_task().split.forget]
-    asked = []
+    rows, asked = small_task().split.forget, []
     with pytest.raises(ValueError, match="may train nothing: use .*'use_reentrant': False"):
         unlearn(
-            model, rows, None, objective="ga", learning_rate=1e-3, threshold=0.1, forget_score=lambda: asked.append(1)
+            model, encoder, rows, None, objective="ga", learning_rate=1e-3, threshold=0.1, forget_score=asked.append
         )
     assert not asked
 
@@ -270,14 +269,15 @@ def test_a_loop_that_would_train_nothing_is_refused(taught):
 def test_the_weights_of_the_lowest_score_are_given_back_to_adapters(taught):
     model, encoder = taught
     model = add_lora(model, rank=2)
-    rows = [encoder.encode(row) for row in small_task().split.forget]
-    scores, seen = iter([0.9, 0.5, 0.7]), []
+    rows, seen = small_task().split.forget, []
+    scores = iter([0.9, 0.5, 0.7])
 
-    def score():
+    def score(model):
         seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
         return next(scores)
 
-    unlearn(model, rows, None, objective="ga", learning_rate=1e-3, threshold=0.1, forget_score=score, max_epochs=2)
+    terms = {"objective": "ga", "learning_rate": 1e-3, "threshold": 0.1, "max_epochs": 2}
+    unlearn(model, encoder, rows, None, forget_score=score, **terms)
     assert all(torch.equal(p, seen[1][name]) for name, p in model.named_parameters())
     assert any(not torch.equal(seen[1][name], seen[2][name]) for name in seen[1])
 
@@ -315,7 +315,8 @@ def test_adapters_through_every_command(taught_folder, tmp_path, capsys):
         return capsys.readouterr().out
 
     lora = ["--lora_rank", "4", "--gradient_checkpointing", "true", "--learning_rate", "2e-2", "--max_epochs", "4"]
-    run("unlearn", "unlearned", "--model", taught_folder, *rows, *lora, "--lora_targets", "[q_proj,down_proj]")
+    lora += ["--lora_targets", "[q_proj,down_proj]", "--weight", "1"]
+    run("unlearn", "unlearned", "--model", taught_folder, *rows, *lora)
     model = tmp_path / "unlearned" / "model"
     results = json.loads((tmp_path / "unlearned" / "results.json").read_text())
     assert results["after"]["FS"] < results["before"]["FS"]
@@ -332,7 +333,7 @@ def test_adapters_through_every_command(taught_folder, tmp_path, capsys):
     attacked = json.loads((tmp_path / "attacked" / "results.json").read_text())[0]
     assert attacked["recovered"] > attacked["before"]
 
-    further = ["--threshold", "0", "--max_epochs", "1", "--learning_rate", "1e-3"]
+    further = ["--threshold", "0", "--max_epochs", "2", "--learning_rate", "2e-2", "--weight", "1"]
     run("unlearn", "further", "--model", model, *rows, *further)
     again = load_file(tmp_path / "further" / "model" / "adapter_model.safetensors")
     assert again.keys() == tensors.keys() and not all(torch.equal(again[name], tensors[name]) for name in again)

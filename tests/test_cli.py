@@ -8,7 +8,7 @@ import pytest
 from taught import small_task
 
 from ssiuu_fast.cli import main
-from ssiuu_fast.options import UnlearnOptions
+from ssiuu_fast.unlearn_options import UnlearnOptions
 
 
 def write(path, examples):

@@ -11,8 +11,8 @@ from taught import RECIPE, small_task
 from ssiuu_fast import compare, compare_setting
 from ssiuu_fast.cli import main
 from ssiuu_fast.compare import columns_of, finished, run_sweep
+from ssiuu_fast.comparison_options import CompareOptions
 from ssiuu_fast.objectives import OBJECTIVES, log_probs
-from ssiuu_fast.options import CompareOptions
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.sweep import BEFORE_JOB, Sweep
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from taught import RECIPE, small_task
 
-from ssiuu_fast import commands, demo, experiment
+from ssiuu_fast import comparison_commands, demo, experiment
 from ssiuu_fast.cli import main
 from ssiuu_fast.demo import report, run_demo
 from ssiuu_fast.runs import RunFolder
@@ -129,8 +129,8 @@ def test_runs_under_other_rules_get_no_verdict():
 
 
 def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(commands, "PEOPLE", replace(RECIPE, max_epochs=2))
-    monkeypatch.setattr(commands, "people_task", lambda instructions: small_task())
+    monkeypatch.setattr(comparison_commands, "PEOPLE", replace(RECIPE, max_epochs=2))
+    monkeypatch.setattr(comparison_commands, "people_task", lambda instructions: small_task())
     monkeypatch.setattr(demo, "_influence", lambda *_: ("the influence table", "page.html"))
     folder = tmp_path / "run"
     assert main(["demo", "--seeds", "1", "--relative_weight", "3", "--output", str(folder)]) == 0
@@ -142,7 +142,7 @@ def test_the_command_runs_and_resumes(tmp_path, monkeypatch, capsys):
 
     (folder / "GD-0.json").unlink()
     kept = (folder / "Ssiuu-0.json").stat().st_mtime_ns
-    monkeypatch.setattr(commands, "PEOPLE", RECIPE)
+    monkeypatch.setattr(comparison_commands, "PEOPLE", RECIPE)
     monkeypatch.setattr(experiment, "memorise", lambda *_: pytest.fail("memorised again"))
     assert main(["demo", "--resume", str(folder)]) == 0
     assert (folder / "Ssiuu-0.json").stat().st_mtime_ns == kept

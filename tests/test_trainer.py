@@ -147,6 +147,14 @@ def test_what_is_logged(tmp_path):
     json.dumps(progress.as_dict())
 
 
+def test_the_weight_is_logged_as_it_is_and_not_as_a_mean(tmp_path):
+    run = trainer(tmp_path, relative_weight=3.0, num_train_epochs=4, logging_steps=6)
+    run.train()
+    first, second = (row["penalty_weight"] for row in run.state.log_history if "loss" in row)
+    # five steps without λ and one with it
+    assert first == second == run.regularizer.weight > 0
+
+
 def test_logs_of_several_steps_are_means(tmp_path):
     single, several = trainer(tmp_path / "a", weight=3.0), trainer(tmp_path / "b", weight=3.0, logging_steps=3)
     single.train(), several.train()

@@ -7,6 +7,7 @@ import torch
 from tiny import tiny_llama
 from unlearners import config, equal, probability, rows, trainer, weights
 
+from ssiuu_fast.adapters import add_lora
 from ssiuu_fast.data.example import Example
 from ssiuu_fast.trainer import UnlearningTrainer
 
@@ -75,6 +76,12 @@ def half():
     return tiny_llama(torch.float16)
 
 
+def reentrant():
+    model = tiny_llama()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    return model
+
+
 # keyword arguments of the trainer, options, message
 REFUSED_DATA = {
     "no retain set for GD": ({"retain": None}, {}, "GD needs retain rows and there are none"),
@@ -98,6 +105,11 @@ REFUSED_DATA = {
         "3 forget rows for 4 micro-batches",
     ),
     "fp16 weights with target probability": ({"model": half}, {}, "is float16 with target='probability'"),
+    "reentrant checkpointing that the model brings along": (
+        {"model": reentrant},
+        {},
+        "reentrant gradient checkpointing can't give the gradient of the target",
+    ),
 }
 
 
@@ -125,6 +137,26 @@ def test_before_the_first_step(tmp_path, options, message):
     assert run.state.global_step == 0 and equal(weights(run.model), before)
 
 
+# found when adapters are put on, before there is a trainer
+REFUSED_ADAPTERS = {
+    "LoRA targets that match nothing": (
+        {"targets": ["c_attn"]},
+        "no linear module is named c_attn; this model has q_pr",
+    ),
+    "no LoRA targets": ({"targets": []}, r"no linear module is named \(nothing given\)"),
+    "LoRA targets as one string": ({"targets": "q_proj"}, "must be a list of names, got the string 'q_proj'"),
+}
+
+
+@pytest.mark.parametrize("options, message", REFUSED_ADAPTERS.values(), ids=REFUSED_ADAPTERS)
+def test_adapters(options, message):
+    model = tiny_llama()
+    before = weights(model)
+    with pytest.raises(ValueError, match=message):
+        add_lora(model, rank=2, **options)
+    assert equal(weights(model), before) and all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_an_optimizer_with_hooks_that_step(tmp_path):
     model = tiny_llama()
     for parameter in model.parameters():
@@ -138,13 +170,6 @@ def test_other_arguments(tmp_path):
 
     with pytest.raises(ValueError, match="args is a TrainingArguments: give an UnlearningConfig"):
         UnlearningTrainer(tiny_llama(), TrainingArguments(str(tmp_path), use_cpu=True), forget=rows(3))
-
-
-def test_reentrant_checkpointing_that_the_model_brings_along(tmp_path):
-    model = tiny_llama()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
-    with pytest.raises(RuntimeError, match="reentrant gradient checkpointing can't give the gradient of the target"):
-        trainer(tmp_path, model=model, eval_on_start=False).train()
 
 
 def test_evaluate_scores_its_own_rows(tmp_path):

@@ -46,11 +46,6 @@ def test_nothing_is_printed_and_nothing_left(taught, capsys, tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-def test_a_description_shows_a_bar(taught, capsys):
-    run(taught, max_epochs=1, description="unlearning by gd")
-    assert "unlearning by gd" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("size", [5, 16])
 def test_micro_batches_change_nothing(taught_folder, size):
     ends = []

@@ -11,9 +11,11 @@ from ssiuu_fast.loop.progress import PENALTY_SHARE
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
 
+PENALTY_WEIGHT = "penalty_weight"
+
 
 class StepLog:
-    """Means over the steps since the last log."""
+    """Means over the steps since the last log; of λ the last, since it is 0 while it is being calibrated."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -49,7 +51,7 @@ class StepLog:
         for name, values in self._figures.items():
             # known in some steps only: no mean to speak of
             if name != PENALTY_SHARE or len(values) == self._steps:
-                row[name] = sum(values) / len(values)
+                row[name] = values[-1] if name == PENALTY_WEIGHT else sum(values) / len(values)
         row |= {"tokens_per_second": self._tokens / (now - self._since), "peak_memory_gb": peak_memory(self._device)}
         self._figures, self._shares, self._tokens, self._steps, self._since = {}, {}, 0, 0, now
         return row
@@ -67,7 +69,7 @@ def penalty_figures(regularizer: SSIUURegularizer, gradient_norm: float) -> dict
         # the objective's own norm is known where nothing was added to it
         "objective_norm": gradient_norm if last.added_norm == 0 else None,
         PENALTY_SHARE: share,
-        "penalty_weight": last.weight,
+        PENALTY_WEIGHT: last.weight,
         "negative_share": last.negative_share,
         "underflows": last.underflows,
         "nonfinite": last.nonfinite,

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ssiuu_fast.options import PlanOptions
 from ssiuu_fast.planning.account import (
     Need,
     attribution_need,
@@ -13,6 +12,7 @@ from ssiuu_fast.planning.account import (
 )
 from ssiuu_fast.planning.devices import PUBLISHED, Device, measured_cpu
 from ssiuu_fast.planning.dry_run import Workload
+from ssiuu_fast.planning.plan_options import PlanOptions
 from ssiuu_fast.planning.skeleton import Skeleton, llama_config, read_config
 from ssiuu_fast.report.text import table
 

@@ -7,11 +7,11 @@ from tiny import tiny_gpt2, tiny_llama
 
 from ssiuu_fast.cli import main
 from ssiuu_fast.ops import Blockwise8
-from ssiuu_fast.options import PlanOptions
 from ssiuu_fast.planning.account import reference_bytes, unlearning_need
 from ssiuu_fast.planning.devices import PUBLISHED, measured_cpu
 from ssiuu_fast.planning.dry_run import Workload
 from ssiuu_fast.planning.plan import RUNS, Plan
+from ssiuu_fast.planning.plan_options import PlanOptions
 from ssiuu_fast.planning.skeleton import Skeleton
 from ssiuu_fast.regularizer import SSIUURegularizer
 
