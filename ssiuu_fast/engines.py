@@ -16,8 +16,10 @@ REENTRANT_REMEDY = (
 )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module, *, over_ranks: bool = False) -> nn.Module:
     """The user's own module under torch.compile and DistributedDataParallel.
+
+    over_ranks: whether the caller sums over ranks, and takes sharded parameters.
 
     Raises ValueError for wrappers in which the gradient of the target, or its sum over ranks, can't be had.
     """
@@ -25,13 +27,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
-            refuse_several_processes(model.process_group)
+            if not over_ranks:
+                refuse_several_processes(model.process_group)
             model = model.module
         else:
             break
     for name, module in model.named_modules():
         _refuse_module(name or "the model", module)
-    refuse_sharded(model.named_parameters())
+    if not over_ranks:
+        refuse_sharded(model.named_parameters())
     return model
 
 

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.calibration import Calibration
-from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
+from ssiuu_fast.neuron_grain import NeuronGrain
+from ssiuu_fast.neuron_step import NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.references import StateDtype, required, state_dtype_name
 from ssiuu_fast.share import ShareWatch
 from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
@@ -104,10 +106,12 @@ class SSIUURegularizer:
         for name, value in (("weight", weight), ("relative_weight", relative_weight)):
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
-        engines.refuse_several_processes(process_group)
+        if granularity == "parameter":
+            engines.refuse_several_processes(process_group)
+        self._ranks = Ranks(process_group)
         common = {"reference": reference, "one_sided": one_sided, "backend": backend}
         self._grain = (
-            NeuronGrain(model_or_named_parameters, parameters, **common)
+            NeuronGrain(model_or_named_parameters, parameters, self._ranks, **common)
             if granularity == "neuron"
             else ParameterGrain(model_or_named_parameters, parameters, state_dtype=state_dtype, **common)
         )
@@ -165,14 +169,29 @@ class SSIUURegularizer:
         self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None, sample_ids: Tensor | None
     ) -> Tensor:
         self._check_nonfinite()
+        with self._ranks.together(log_probs.device):
+            # waits for no other rank
+            step = self._add(log_probs, last, scale, token_counts, sample_ids)
+        if step is None:
+            self._step += last
+            return log_probs.new_zeros(())
+        if not last:
+            self._open_step = step
+            return log_probs.new_zeros(())
+        self._open_step = None
+        return self._finish(step)
+
+    def _add(
+        self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None, sample_ids: Tensor | None
+    ) -> ParameterStep | NeuronStep | None:
+        """The step, with this micro-batch; None where `every` leaves it out."""
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scale must be a finite number above 0, got {scale!r}")
         sample_ids = self._grain.sample_numbers(len(log_probs), sample_ids, last)
         self._skipped = self._step % self.every != 0
         if self._skipped:
-            self._step += last
-            return log_probs.new_zeros(())
+            return None
         if self._awaiting_after_backward:
             raise RuntimeError(
                 "after_backward() was not called in the last step: with relative_weight, call it in every step after "
@@ -183,11 +202,7 @@ class SSIUURegularizer:
             raise ValueError(f"scale changed within a step, from {step.scale} to {scale}")
         target, underflows = target_sum(log_probs, self.target, token_counts)
         step.add(MicroBatch(target, len(log_probs), underflows, sample_ids, last))
-        if not last:
-            self._open_step = step
-            return log_probs.new_zeros(())
-        self._open_step = None
-        return self._finish(step)
+        return step
 
     def abandon_step(self) -> None:
         """Gives up the step that is under way, for loops that catch errors and go on with the next batch.
