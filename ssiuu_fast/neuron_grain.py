@@ -140,7 +140,8 @@ class NeuronGrain:
     def store_over_ranks(self, shares: list[tuple[list[int], list[str]]], attributions: dict[str, Tensor]) -> None:
         """Takes up what every rank first saw; shares: ids and modules, by rank; attributions: of this rank."""
         if any(ids for ids, _ in shares):
-            ids, gathered = gather_samples(shares, attributions, self.forms, self.ranks)
+            # in one process the module would be in the graph of the whole batch, and no path from these samples to it
+            ids, gathered = gather_samples(shares, attributions, self.forms, self.ranks, absent=0.0)
             self._references.store(gathered, len(ids), ids)
             self._references.note_incomplete(ids, len(self._modules))
 

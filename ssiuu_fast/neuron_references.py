@@ -159,7 +159,7 @@ class SampleReferences:
         Raises ValueError, on every rank, where there is no sample, or one sample in two shares.
         """
         shares = ranks.gather((list(self.rows), list(self.tensors)))
-        ids, tensors = gather_samples(shares, self.tensors, forms, ranks)
+        ids, tensors = gather_samples(shares, self.tensors, forms, ranks, absent=torch.nan)
         if not ids:
             raise ValueError("set_reference was given no batch: the forget set is empty")
         references = SampleReferences()
@@ -205,11 +205,16 @@ class SampleReferences:
 
 
 def gather_samples(
-    shares: list[tuple[list[int], list[str]]], attributions: dict[str, Tensor], forms: dict[str, Form], ranks: Ranks
+    shares: list[tuple[list[int], list[str]]],
+    attributions: dict[str, Tensor],
+    forms: dict[str, Form],
+    ranks: Ranks,
+    absent: float,
 ) -> tuple[list[int], dict[str, Tensor]]:
-    """(ids, [samples, neurons] by module) of all ranks in rank order; NaN where a rank has no such module.
+    """(ids, [samples, neurons] by module) of all ranks, in rank order.
 
-    shares: each rank's ids and modules. attributions: of this rank; they are let go of one by one.
+    shares: each rank's ids and modules. attributions: of this rank; they are let go of one by one. absent: what stands
+    for those of a rank that has no such module.
     """
     counts = [len(ids) for ids, _ in shares]
     gathered = {}
@@ -217,7 +222,7 @@ def gather_samples(
         form = forms[name]
         part = attributions.pop(name, None)
         if part is None:
-            part = torch.full((counts[ranks.rank], form.neurons), torch.nan, device=form.device)
+            part = torch.full((counts[ranks.rank], form.neurons), absent, device=form.device)
         gathered[name] = ranks.gather_rows(part.to(form.device, form.dtype), counts)
     return [sample for ids, _ in shares for sample in ids], gathered
 

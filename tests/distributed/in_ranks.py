@@ -26,16 +26,22 @@ def _work(rank: int, module: str, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20)
     )
     outcomes = {}
-    stopped = False
+    lost = False
     for name, case in importlib.import_module(module).CASES.items():
-        outcomes[name] = "not run: the ranks lost each other in the case before" if stopped else _outcome(case, rank)
+        outcomes[name] = "not run: the ranks lost each other in a case before" if lost else _outcome(case, rank)
         # a rank that left a case early would answer another case's sums
-        lost = torch.tensor(float(bool(outcomes[name])))
-        if not stopped:
-            dist.all_reduce(lost)
-            stopped = 0 < lost.item() < WORLD
+        lost = lost or not _all_agree(bool(outcomes[name]))
     Path(folder, f"{rank}.json").write_text(json.dumps(outcomes))
     dist.destroy_process_group()
+
+
+def _all_agree(failed: bool) -> bool:
+    count = torch.tensor(float(failed))
+    try:
+        dist.all_reduce(count)
+    except RuntimeError:
+        return False
+    return count.item() in (0, WORLD)
 
 
 def _outcome(case, rank: int) -> str:
