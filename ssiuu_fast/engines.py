@@ -17,6 +17,10 @@ REENTRANT_REMEDY = (
 )
 
 
+# what of neurons is sought in a graph, and why it may be missing
+TAPPED = ("tapped modules", "wrapped, copied or compiled")
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own module, for what works in one process only.
 

@@ -3,6 +3,7 @@
 # One step:
 #   1. the forward pass runs through a tap at every module, which keeps its output h           (taps.py)
 #   2. backward(log_probs) sends ∂T/∂h to the taps, and A = Σ h·g is compared with A^ref       (neuron_measurement.py)
+#      of a whole batch A is a sum over ranks too, and is compared when that is whole          (neuron_step.py)
 #   3. A becomes the reference of the next step, or stays a sample's first                     (neuron_references.py)
 #   4. each tap gets what it is to add: 2λ · 1[A<0] · (A − A^ref) · g, in place of h
 #   5. loss.backward() adds it on its way; while λ is being calibrated a pass of zeros does, and its norm is taken
@@ -13,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
-from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.neuron_measurement import Measurement
-from ssiuu_fast.neuron_references import BatchReferences, Form, SampleReferences
+from ssiuu_fast.neuron_ranks import ranks_of_step
+from ssiuu_fast.neuron_references import BatchReferences, Form, SampleReferences, gather_samples
+from ssiuu_fast.neuron_step import NeuronStep
 from ssiuu_fast.ops.backends import choose
-from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.references import required
 from ssiuu_fast.selection import base_layer, select_modules
-from ssiuu_fast.step import MicroBatch, StepResult
+from ssiuu_fast.step import MicroBatch
 from ssiuu_fast.taps import PendingInjections, Taps
 from ssiuu_fast.warn import warn_user
 
@@ -32,6 +33,9 @@ class NeuronGrain:
     With h[b,k,i] a module's output and g = ∂T/∂h, A[i] = Σ_b Σ_k h·g for reference="previous" and A[b,i] = Σ_k h·g for
     "initial". λ · 2 · 1[A < 0] · (A − A^ref) · g is added to the gradient at h in the loss's own backward pass, and
     flows from there to every parameter below.
+
+    Over several ranks the loop's gradient is the mean over ranks (DDP, FSDP2) and the penalty's is that of the whole
+    batch, a sum: each rank adds its own part as many times as there are ranks.
     """
 
     # each batch, or sample, is compared with its own first attribution
@@ -47,26 +51,29 @@ class NeuronGrain:
         reference: str,
         one_sided: bool,
         backend: str,
+        calibrated: bool,
         process_group,
     ):
-        engines.refuse_several_processes(process_group)
-        self.shards = Ranks.alone()
-        self.agreement = Agreement(self.shards)
         if not isinstance(model, nn.Module):
             raise ValueError("granularity='neuron' taps the outputs of modules: give the model, not its parameters")
         engines.refuse_compiled(model, ", or use granularity='parameter'")
-        model = engines.unwrap(model)
+        model, ddp = engines.strip(model)
         refuse_reentrant(model)
+        engines.refuse_partitioned(model.named_parameters())
         self._trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise ValueError("no parameter of the model requires grad: unfreeze what is to be trained")
         engines.refuse_steps_in_backward(self._trainable.items())
         self._modules = select_modules(model, patterns)
+        self._group = ranks_of_step(model, ddp, self._modules, process_group, calibrated=calibrated)
+        self.ranks = self._group.ranks
+        self.shards = self._group.shards
+        self.agreement = self._group.agreement
         for module in self._modules.values():
             # asked for by name, a backend that can't run is refused now and not in the first step
             weight = base_layer(module).weight
             choose(backend, "neuron_penalty", weight.device, double=weight.dtype == torch.float64)
-        self._how = {"one_sided": one_sided, "backend": backend}
+        self._how = {"ranks": self.ranks, "one_sided": one_sided, "backend": backend}
         self._references = SampleReferences() if reference == "initial" else BatchReferences()
         self._taps = Taps(self._modules)
         # one a micro-batch of the last step, whose losses may be sent back together
@@ -108,9 +115,15 @@ class NeuronGrain:
             engines.refuse_frozen(self._trainable.items())
         return NeuronStep(self, scale, weight)
 
-    def regularize(self, batch: MicroBatch, scale: float, weight: float) -> Measurement:
-        """Measures a micro-batch, stores its attributions and hands the taps what the loss's pass is to add."""
+    @property
+    def compares_samples(self) -> bool:
+        """Whether each sample is compared with itself; else the whole batch, over all ranks, with another."""
+        return isinstance(self._references, SampleReferences)
+
+    def measure(self, batch: MicroBatch, scale: float, weight: float) -> Measurement:
+        """The attributions of a micro-batch; of this rank's part of one, where they are sums over ranks."""
         unknown = self._unknown(batch)
+        self._group.begin_pass(self._taps, batch.target, len(self._modules))
         measured = Measurement(self._references, **self._how)
         measured.run(self._taps, batch, self.modules, weight=weight, scale=scale)
         if unknown:
@@ -118,9 +131,27 @@ class NeuronGrain:
                 "reference",
                 "reference='initial' without set_reference(): the attributions of each sample's first step are kept",
             )
-        self._references.store(measured.attributions, batch.samples, batch.sample_ids)
-        self._pending.append(measured.inject())
         return measured
+
+    def inject(self, measured: Measurement) -> None:
+        """Hands the taps what the loss's pass is to add."""
+        self._pending.append(measured.inject())
+
+    def store(self, attributions: dict[str, Tensor], samples: int, sample_ids: list[int] | None) -> None:
+        """Takes up attributions, of all ranks where they are of the whole batch."""
+        self._references.store(attributions, samples, sample_ids)
+
+    def lacking(self, sample_ids: list[int]) -> list[int]:
+        """Places of the samples whose references aren't known to all ranks yet."""
+        return self._references.lacking(sample_ids)
+
+    def store_over_ranks(self, shares: list[tuple[list[int], list[str]]], attributions: dict[str, Tensor]) -> None:
+        """Takes up what every rank first saw; shares: ids and modules, by rank; attributions: of this rank."""
+        if any(ids for ids, _ in shares):
+            # in one process the module would be in the graph of the whole batch, and no path from these samples to it
+            ids, gathered = gather_samples(shares, attributions, self.forms, self.ranks, absent=0.0)
+            self._references.store(gathered, len(ids), ids)
+            self._references.note_incomplete(ids, len(self._modules))
 
     def measure_injected(self, target: Tensor, visit: Callable[[int, Tensor], None]) -> None:
         """Runs visit(index, gradient) on what the last micro-batch's penalty comes to at each parameter.
@@ -150,7 +181,15 @@ class NeuronGrain:
         self._pending = []
 
     def set_reference(self, batches: Iterable[MicroBatch]) -> None:
-        """A_ref[b,i] of every sample, by its id; each batch's graph is freed after use."""
+        """A_ref[b,i] of every sample, by its id; each batch's graph is freed after use.
+
+        Each rank brings its share of the samples, and gets those of all of them.
+        """
+        references = SampleReferences.from_pass(self._measure_references(batches))
+        self._group.end_passes()
+        self._references = references.over_ranks(self.ranks, self.forms)
+
+    def _measure_references(self, batches: Iterable[MicroBatch]) -> list[tuple[list[int], dict[str, Tensor]]]:
         seen: set[int] = set()
         found = []
         for batch in batches:
@@ -158,6 +197,7 @@ class NeuronGrain:
                 if number in seen:
                     raise ValueError(f"set_reference was given sample id {number} twice: each sample has its own")
                 seen.add(number)
+            self._group.begin_pass(self._taps, batch.target, len(self._modules))
             measured = Measurement(SampleReferences(), **self._how)
             measured.run(self._taps, batch, self.modules, weight=0.0, retain_graph=False)
             for name, attribution in measured.attributions.items():
@@ -166,9 +206,11 @@ class NeuronGrain:
                         f"the reference attribution of {name} is not finite: are the starting weights sound?"
                     )
             found.append((batch.sample_ids, measured.attributions))
-        if not found:
-            raise ValueError("set_reference was given no batch: the forget set is empty")
-        self._references = SampleReferences.from_pass(found)
+        return found
+
+    def loop_divides_by(self) -> float:
+        """What the loop divides a sum of gradients over the ranks by."""
+        return self._group.loop_divides_by()
 
     def state_dict(self) -> dict:
         return {"neurons": self._neurons(), **self._references.state_dict()}
@@ -181,13 +223,18 @@ class NeuronGrain:
                 f"the saved state is of other modules: {name} has {saved.get(name, 'no')} neurons there, "
                 f"{ours.get(name, 'no')} here"
             )
+        self._references = type(self._references).from_state(state, self.forms)
+        self.abandon()
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """What the attributions of each tapped module are."""
         weights = {name: base_layer(module).weight for name, module in self._modules.items()}
-        forms = {
-            name: Form(ours[name], torch.promote_types(weight.dtype, torch.float32), weight.device)
+        neurons = self._neurons()
+        return {
+            name: Form(neurons[name], torch.promote_types(weight.dtype, torch.float32), weight.device)
             for name, weight in weights.items()
         }
-        self._references = type(self._references).from_state(state, forms)
-        self.abandon()
 
     def _neurons(self) -> dict[str, int]:
         layers = {name: base_layer(module) for name, module in self._modules.items()}
@@ -210,77 +257,6 @@ class NeuronGrain:
         if what not in self._warned:
             self._warned.add(what)
             warn_user(message)
-
-
-class NeuronStep:
-    """The micro-batches of a step, each of which gets its penalty at once."""
-
-    def __init__(self, grain: NeuronGrain, scale: float, weight: float | None):
-        self.scale = scale
-        self._grain = grain
-        self._weight = weight
-        self._penalty: Tensor | float = 0.0
-        self._negative: Tensor | int = 0
-        self._elements = 0
-        self._nonfinite: dict[str, Tensor] = {}
-        self._underflows: list[Tensor] = []
-        self._gradient = _InjectedGradient() if weight is None else None
-
-    def add(self, batch: MicroBatch) -> None:
-        # while λ is being calibrated ∂R/∂φ is measured with λ = 1 and at scale 1, whatever the loss's: in 16 bits a
-        # square of numbers that are as large as the scale allows is inf. The loss's own pass then gets nothing
-        measured = self._grain.regularize(batch, self.scale, 1 / self.scale if self._weight is None else self._weight)
-        if self._gradient is not None:
-            self._gradient.add(batch, self._grain)
-        self._penalty = self._penalty + measured.penalty()
-        self._negative = self._negative + measured.negative()
-        self._elements += measured.elements()
-        for name, count in measured.nonfinite.items():
-            self._nonfinite[name] = self._nonfinite.get(name, 0) + count
-        self._underflows.append(batch.underflows)
-
-    def finish(self) -> StepResult:
-        counts = list(self._nonfinite.values())
-        return StepResult(
-            penalty=self._penalty,
-            negative=self._negative,
-            elements=self._elements,
-            gradient_square=None if self._gradient is None else self._gradient.square(),
-            underflows=self._underflows,
-            names=list(self._nonfinite),
-            nonfinite_counts=torch.stack([count.to(counts[0].device) for count in counts]),
-            absent=[name for name in self._grain.modules if name not in self._nonfinite],
-        )
-
-
-class _InjectedGradient:
-    """‖∂R/∂φ‖² over a step: of its one micro-batch gradient by gradient, of several after they were summed."""
-
-    def __init__(self):
-        self._sums: dict[int, Tensor] = {}
-        self._squares: list[Tensor] = []
-
-    def add(self, batch: MicroBatch, grain: NeuronGrain) -> None:
-        alone = batch.last and not self._sums
-        grain.measure_injected(batch.target, self._square if alone else self._sum)
-
-    def square(self) -> Tensor:
-        for gradient in self._sums.values():
-            self._square(0, gradient)
-        if not self._squares:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack([square.to(self._squares[0].device) for square in self._squares]).sum()
-
-    def _sum(self, index: int, gradient: Tensor) -> None:
-        if index in self._sums:
-            self._sums[index].add_(gradient)
-        else:
-            self._sums[index] = gradient.detach().clone()
-
-    def _square(self, index: int, gradient: Tensor) -> None:
-        # a norm, not a sum of squares: in fp32 small squares vanish
-        norm = torch.linalg.vector_norm(gradient.detach(), dtype=torch.promote_types(gradient.dtype, torch.float32))
-        self._squares.append(norm.double().square())
 
 
 def _numbers(sample_ids: Tensor | None, samples: int) -> list[int]:

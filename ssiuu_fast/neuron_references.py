@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssiuu_fast.host_copy import to_device
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.references import required, warn_of_another_size
 
 # (name of a module, its output) → its reference, or None where there is none yet
@@ -78,6 +79,8 @@ class SampleReferences:
         self.complete = False
         # modules in which nothing is left to be learnt
         self._whole: set[str] = set()
+        # samples of which something is; kept only where it has to be told to other ranks
+        self._incomplete: set[int] = set()
 
     def for_batch(self, sample_ids: list[int]) -> LookUp:
         """References are [batch, neurons], NaN where a sample or a neuron isn't known."""
@@ -113,6 +116,24 @@ class SampleReferences:
             known = stored[index.on(device)]
             stored[index.on(device)] = torch.where(known.isnan(), attribution[places.on(device)], known)
 
+    def lacking(self, sample_ids: list[int]) -> list[int]:
+        """Places of the samples of which something is still to be learnt; each sample once."""
+        lacking = [sample not in self.rows or sample in self._incomplete for sample in sample_ids]
+        first = {sample: place for place, sample in reversed(list(enumerate(sample_ids))) if lacking[place]}
+        return sorted(first.values())
+
+    def note_incomplete(self, sample_ids: list[int], modules: int) -> None:
+        """Looks which of these samples lack the attribution of a neuron, of so many modules; waits for the device."""
+        if not sample_ids:
+            return
+        if len(self.tensors) < modules:
+            self._incomplete.update(sample_ids)
+            return
+        rows = _OnDevices([self.rows[sample] for sample in sample_ids])
+        unknown = [tensor[rows.on(tensor.device)].isnan().any(1).cpu() for tensor in self.tensors.values()]
+        for sample, is_unknown in zip(sample_ids, torch.stack(unknown).any(0).tolist(), strict=True):
+            (self._incomplete.add if is_unknown else self._incomplete.discard)(sample)
+
     @classmethod
     def from_pass(cls, batches: list[tuple[list[int], dict[str, Tensor]]]) -> "SampleReferences":
         """Of a pass over the forget set: (sample ids, attributions) of every batch, which are let go of."""
@@ -131,6 +152,31 @@ class SampleReferences:
                 [row.new_full((len(ids), len(row)), torch.nan) if part is None else part for ids, part in parts]
             )
         return references
+
+    def over_ranks(self, ranks: Ranks, forms: dict[str, Form]) -> "SampleReferences":
+        """Of a pass that each rank did over its share of the forget set: the references of all of them.
+
+        Raises ValueError, on every rank, where there is no sample, or one sample in two shares.
+        """
+        shares = ranks.gather((list(self.rows), list(self.tensors)))
+        ids, tensors = gather_samples(shares, self.tensors, forms, ranks, absent=torch.nan)
+        if not ids:
+            raise ValueError("set_reference was given no batch: the forget set is empty")
+        references = SampleReferences()
+        for row, sample in enumerate(ids):
+            if sample in references.rows:
+                raise ValueError(
+                    f"set_reference was given sample id {sample} on two ranks: each sample has its own, on one rank"
+                )
+            references.rows[sample] = row
+        references.tensors = tensors
+        references._complete()
+        references.note_incomplete(ids, len(forms))
+        return references
+
+    def _complete(self) -> None:
+        self.complete = True
+        self._whole = {name for name, tensor in self.tensors.items() if not tensor.isnan().any()}
 
     def state_dict(self) -> dict:
         rows = len(self.rows)
@@ -152,10 +198,33 @@ class SampleReferences:
         if len(references.rows) != len(ids):
             raise ValueError("the saved state has a sample id twice in its 'reference_ids'")
         references.tensors = _loaded(state, forms, lambda form: [len(ids), form.neurons])
-        references.complete = required(state, "reference_complete")
-        if references.complete:
-            references._whole = {name for name, tensor in references.tensors.items() if not tensor.isnan().any()}
+        if required(state, "reference_complete"):
+            references._complete()
+        references.note_incomplete(ids, len(forms))
         return references
+
+
+def gather_samples(
+    shares: list[tuple[list[int], list[str]]],
+    attributions: dict[str, Tensor],
+    forms: dict[str, Form],
+    ranks: Ranks,
+    absent: float,
+) -> tuple[list[int], dict[str, Tensor]]:
+    """(ids, [samples, neurons] by module) of all ranks, in rank order.
+
+    shares: each rank's ids and modules. attributions: of this rank; they are let go of one by one. absent: what stands
+    for those of a rank that has no such module.
+    """
+    counts = [len(ids) for ids, _ in shares]
+    gathered = {}
+    for name in [name for name in forms if any(name in names for _, names in shares)]:
+        form = forms[name]
+        part = attributions.pop(name, None)
+        if part is None:
+            part = torch.full((counts[ranks.rank], form.neurons), absent, device=form.device)
+        gathered[name] = ranks.gather_rows(part.to(form.device, form.dtype), counts)
+    return [sample for ids, _ in shares for sample in ids], gathered
 
 
 class _OnDevices:

@@ -79,6 +79,16 @@ class Ranks:
         dist.all_gather(parts, sent, group=self.group)
         return torch.cat(parts).to(tensor.device)
 
+    def gather_rows(self, tensor: Tensor, counts: list[int]) -> Tensor:
+        """The rows of all ranks below each other, in rank order; tensor: [counts[rank], columns]."""
+        if self.size == 1:
+            return tensor
+        # collectives take equal shapes
+        padded = tensor.new_zeros(max(counts), tensor.shape[1])
+        padded[: len(tensor)] = tensor
+        gathered = self.concatenated(padded).split(max(counts))
+        return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
     def gather(self, value) -> list:
         """What each rank gave, in rank order; plain values (numbers, strings, lists), not tensors."""
         if self.size == 1:

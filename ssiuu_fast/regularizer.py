@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.calibration import Calibration
-from ssiuu_fast.neuron_grain import NeuronGrain, NeuronStep
+from ssiuu_fast.neuron_grain import NeuronGrain
+from ssiuu_fast.neuron_step import NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
 from ssiuu_fast.references import StateDtype, required, state_dtype_name
 from ssiuu_fast.regularizer_options import refuse_options
@@ -71,13 +72,16 @@ class SSIUURegularizer:
         `fully_shard`, or else the default group.
     backend: see `ssiuu_fast.ops.penalty_` and `ssiuu_fast.ops.neuron_penalty`.
 
-    Several processes (granularity="parameter"): give the model in DistributedDataParallel, or to which fully_shard was
-    applied. g is the sum over all ranks' samples, and the penalty added is equal on every rank (under FSDP2 on its
-    shards): the mean over ranks that both make of the loss's gradient leaves it as it is. A plain model works too,
-    where the loop averages `.grad` over the ranks; were it to sum, the penalty would count once a rank. Every rank
-    calls `backward` in every step, with one sample at least; an error of one is raised on all before anything is
-    changed. Under FSDP2 gradient sync stays on and every rank has as many micro-batches. `last_step`, λ and R are those
-    of all ranks, the same on each.
+    Several processes: give the model in DistributedDataParallel, or to which fully_shard was applied. g is the sum over
+    all ranks' samples, and the penalty added is equal on every rank (under FSDP2 on its shards): the mean over ranks
+    that both make of the loss's gradient leaves it as it is. A plain model works too, where the loop averages `.grad`
+    over the ranks; were it to sum, the penalty would count once a rank. Every rank calls `backward` in every step, with
+    one sample at least; an error of one is raised on all before anything is changed. Under FSDP2 gradient sync stays on
+    and every rank has as many micro-batches. `last_step`, λ and R are those of all ranks, the same on each.
+
+    Neurons in several processes: attributions of the batch are summed over the ranks, those of a sample are known to
+    all, so that it may come to any rank. Each rank's loss carries its own part of the penalty, times what the loop
+    divides by. Under FSDP2 relative_weight and CPU offload are refused, and gradient sync may be off.
 
     Raises ValueError for options that make no sense, for models wrapped in a way it can't work in (engines.py) and
     where nothing is selected.
@@ -117,7 +121,7 @@ class SSIUURegularizer:
             "process_group": process_group,
         }
         self._grain = (
-            NeuronGrain(model_or_named_parameters, parameters, **common)
+            NeuronGrain(model_or_named_parameters, parameters, calibrated=relative_weight is not None, **common)
             if granularity == "neuron"
             else ParameterGrain(model_or_named_parameters, parameters, state_dtype=state_dtype, **common)
         )

@@ -24,6 +24,19 @@ def epoch_batches(rows: int, batch_size: int, seed: int, epoch: int) -> list[lis
     return [order[start : start + batch_size] for start in range(0, rows, batch_size)]
 
 
+def rank_batches(rows: int, batch_size: int, seed: int, ranks: int, rank: int) -> list[list[int]]:
+    """One rank's batches of a pass in which each row comes to one rank, once; all ranks have as many batches.
+
+    Their sizes differ by one row at most. Where there are fewer rows than would fill them all with one, some hold more
+    than batch_size; with fewer rows than ranks, some ranks have no batch.
+    """
+    order = _order(rows, seed, 0)
+    batches = max(1, min(-(-rows // (batch_size * ranks)), rows // ranks)) * ranks
+    bounds = [rows * number // batches for number in range(batches + 1)]
+    cut = [order[start:stop] for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [batch for batch in cut[rank::ranks] if batch]
+
+
 def steps_per_epoch(rows: int, batch_size: int) -> int:
     """Batches of `wrapping_batch` after which every row was seen once."""
     return -(-rows // min(batch_size, rows))

@@ -30,13 +30,11 @@ class Sharded:
     """
 
     def __init__(self, model: nn.Module, parameters: NamedParameters, process_group):
-        states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-        self._groups = [group for state in states for group in _parameter_groups(state)]
-        self._context = states[0]._state_ctx
+        self._groups = parameter_groups(model)
+        self._context = next(m for m in model.modules() if isinstance(m, FSDPModule))._get_fsdp_state()._state_ctx
         self._all = list(model.parameters())
         self._parameters = list(parameters.values())
-        mesh = _mesh(self._groups, parameters)
-        self.ranks, self.shards = _ranks(mesh, process_group)
+        self.ranks, self.shards = ranks_of(self._groups, parameters, process_group)
         sharded = {id(p.sharded_param): p for group in self._groups for p in group.fsdp_params}
         self._sharded = [sharded[id(parameter)] for parameter in self._parameters]
         # whether a rank still has a batch, and the number of samples. Every pass is one of all ranks
@@ -62,7 +60,7 @@ class Sharded:
         """As step_gradients, freeing each graph. ValueError where a rank has fewer batches than another."""
         for batch in batches:
             yield self._gradients(batch, 1.0, retain_graph=False)
-        self._refuse_unless_together(*self.agreement.sums([0, 0]), expected=0)
+        refuse_unless_together(self.agreement.sums([0, 0])[0], self.ranks, expected=0)
 
     def complete_pass(self, sums: list[Tensor], samples: int) -> int:
         """They were summed on the way."""
@@ -80,10 +78,10 @@ class Sharded:
 
     def _gradients(self, batch: MicroBatch, scale: float, retain_graph: bool) -> tuple[Gradients, int]:
         self._refuse_unsynchronised()
-        factor = self._factor()
+        factor = divide_factor(self._groups, self.ranks)
         self._refuse_other_graph(batch.target)
         with_batch, samples = self.agreement.sums([1, batch.samples])
-        self._refuse_unless_together(with_batch, samples, expected=self.ranks.size)
+        refuse_unless_together(with_batch, self.ranks, expected=self.ranks.size)
         return self._backward(batch.target, scale * factor, retain_graph), samples
 
     def _backward(self, target: Tensor, scale: float, retain_graph: bool) -> Gradients:
@@ -104,15 +102,6 @@ class Sharded:
             for parameter, gradient in zip(self._all, stash, strict=True):
                 parameter.grad = gradient
         return gradients
-
-    def _factor(self) -> float:
-        """What FSDP2 divides a gradient by that it reduces."""
-        factors = {group.gradient_divide_factor or self.ranks.size for group in self._groups}
-        if len(factors) > 1:
-            raise ValueError(
-                f"set_gradient_divide_factor: the modules have different factors, {sorted(factors)}: give all the same"
-            )
-        return factors.pop()
 
     def _refuse_unsynchronised(self) -> None:
         off = any(not (group.reduce_grads and group.all_reduce_grads) for group in self._groups)
@@ -135,12 +124,24 @@ class Sharded:
             "wrapped, sharded or frozen",
         )
 
-    def _refuse_unless_together(self, with_batch: int, samples: int, expected: int) -> None:
-        if with_batch != expected:
-            raise ValueError(
-                f"set_reference was given one more batch on {with_batch} of {self.ranks.size} ranks: under FSDP2 every "
-                "rank needs as many batches as the others, which may be of different sizes"
-            )
+
+def divide_factor(groups: list, ranks: Ranks) -> float:
+    """What FSDP2 divides a gradient by that it reduces. ValueError where that isn't one number."""
+    factors = {group.gradient_divide_factor or ranks.size for group in groups}
+    if len(factors) > 1:
+        raise ValueError(
+            f"set_gradient_divide_factor: the modules have different factors, {sorted(factors)}: give all the same"
+        )
+    return factors.pop()
+
+
+def refuse_unless_together(with_batch: int, ranks: Ranks, expected: int) -> None:
+    """with_batch: how many ranks have a batch where all must, or none."""
+    if with_batch != expected:
+        raise ValueError(
+            f"set_reference was given one more batch on {with_batch} of {ranks.size} ranks: under FSDP2 every "
+            "rank needs as many batches as the others, which may be of different sizes"
+        )
 
 
 def _unreduced(parameter) -> bool:
@@ -149,8 +150,18 @@ def _unreduced(parameter) -> bool:
     return parameter.unsharded_accumulated_grad is not None or (unsharded is not None and unsharded.grad is not None)
 
 
-def _parameter_groups(state) -> list:
-    """Of a module that fully_shard was applied to."""
+def parameter_groups(model: nn.Module) -> list:
+    """What FSDP2 gathers and reduces together, of all modules that fully_shard was applied to."""
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [group for state in states for group in _groups_of_state(state)]
+
+
+def ranks_of(groups: list, parameters: NamedParameters, process_group) -> tuple[Ranks, Ranks]:
+    """All ranks that the parameters are sharded over, and those with the shards of one copy of the model."""
+    return _ranks(_mesh(groups, parameters), process_group)
+
+
+def _groups_of_state(state) -> list:
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

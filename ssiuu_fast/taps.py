@@ -51,6 +51,10 @@ class Taps:
         finally:
             self._see = None
 
+    def in_graph(self, target: Tensor) -> bool:
+        """Whether one of them is in the graph of target."""
+        return engines.has_leaf(target, {id(self._scalar)})
+
     def visit_gradients(
         self, target: Tensor, parameters: list[nn.Parameter], visit: Callable[[int, Tensor], None]
     ) -> None:

@@ -180,7 +180,7 @@ class UnlearningTrainer(Trainer):
         elif self.args.regularize and self.args.reference == "initial":
             self.model.eval()
             batches = reference_batches(
-                self.model_wrapped, self.steps, self.args.per_device_train_batch_size, self.args.device
+                self.model_wrapped, self.steps, self.args.per_device_train_batch_size, self.ranks, self.args.device
             )
             self.regularizer.set_reference(batches)
         self._step_log = StepLog(self.args.device)

@@ -73,13 +73,6 @@ def test_a_model_that_is_compiled_later():
         regularizer.backward(log_probs_of(compiled, batch()))
 
 
-def test_several_processes(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
-    with pytest.raises(ValueError, match="the process group has 2 ranks"):
-        neurons(tiny_llama())
-
-
 def test_earlier_micro_batches_need_an_initial_reference():
     model = tiny_llama()
     regularizer = neurons(model)

@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from ssiuu_fast.sampling import epoch_batches, steps_per_epoch, wrapping_batch
+from ssiuu_fast.sampling import epoch_batches, rank_batches, steps_per_epoch, wrapping_batch
 
 
 def test_every_batch_has_one_size_and_every_pass_each_row_once():
@@ -10,6 +10,23 @@ def test_every_batch_has_one_size_and_every_pass_each_row_once():
     assert len(drawn) == 60
     for start in range(0, 56, 7):
         assert sorted(drawn[start : start + 7]) == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "ranks"), [(10, 4, 1), (10, 4, 2), (5, 1, 2), (7, 2, 3), (4, 8, 4), (9, 2, 4)]
+)
+def test_ranks_share_a_pass(rows, size, ranks):
+    shares = [rank_batches(rows, size, seed=0, ranks=ranks, rank=rank) for rank in range(ranks)]
+    assert len({len(share) for share in shares}) == 1
+    sizes = [len(batch) for share in shares for batch in share]
+    assert max(sizes) - min(sizes) <= 1
+    # by more than that only where a rank would have nothing
+    assert max(sizes) <= size or rows // ranks < -(-rows // (size * ranks))
+    assert sorted(row for share in shares for batch in share for row in batch) == list(range(rows))
+
+
+def test_fewer_rows_than_ranks():
+    assert [len(rank_batches(2, 4, 0, ranks=3, rank=rank)) for rank in range(3)].count(0) == 1
 
 
 def test_fewer_rows_than_a_batch():

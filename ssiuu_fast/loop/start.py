@@ -12,7 +12,8 @@ from ssiuu_fast.loop.steps import Steps
 from ssiuu_fast.objectives.log_probs import answer_log_probs
 from ssiuu_fast.objectives.objective import Objective
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
-from ssiuu_fast.sampling import epoch_batches
+from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.sampling import rank_batches
 from ssiuu_fast.trainer_config import UnlearningConfig
 from ssiuu_fast.training import on_device
 
@@ -83,9 +84,9 @@ def run_settings(args: UnlearningConfig, steps: Steps, threshold: float | None, 
 
 
 def reference_batches(
-    model: nn.Module, steps: Steps, batch_size: int, device: torch.device
+    model: nn.Module, steps: Steps, batch_size: int, ranks: Ranks, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """reference="initial": log-probs, token counts and sample ids of one pass over the forget set."""
-    for indices in epoch_batches(len(steps.forget), batch_size, steps.seed, 0):
+    """reference="initial": log-probs, token counts and sample ids of this rank's part of a pass over the forget set."""
+    for indices in rank_batches(len(steps.forget), batch_size, steps.seed, ranks.size, ranks.rank):
         batch = on_device(steps.collated([steps.forget.encoded[index] for index in indices]), device)
         yield answer_log_probs(model, batch), answer_token_counts(batch["labels"]), torch.tensor(indices)

@@ -112,6 +112,16 @@ def attribution_form(hidden: Tensor, per_sample: bool) -> tuple[torch.dtype, tor
     return dtype, torch.Size((batch, neurons) if per_sample else (neurons,))
 
 
+def punished_difference(attribution: Tensor, reference: Tensor | None, one_sided: bool) -> tuple[Tensor, Tensor]:
+    """d, and which neurons have A < 0 and everything finite; both like the attribution."""
+    difference = torch.zeros_like(attribution) if reference is None else attribution - reference
+    limit = torch.finfo(attribution.dtype).max
+    # NaN compares as false
+    active = (attribution < 0) & (attribution >= -limit) & (difference.abs() <= limit)
+    punished = active & (difference < 0) if one_sided else active
+    return torch.where(punished, difference, torch.zeros_like(difference)), active
+
+
 def _cuda(hidden, gradient, reference, mask, weight, per_sample, one_sided):
     dtype, shape = attribution_form(hidden, per_sample)
     attribution = torch.empty(shape, dtype=dtype, device=hidden.device)
@@ -163,12 +173,7 @@ def _reference(hidden, gradient, reference, mask, weight, per_sample, one_sided)
     if mask is not None:
         product.masked_fill_((mask == 0).unsqueeze(-1), 0)
     attribution = product.sum(1 if per_sample else (0, 1), dtype=total_dtype).to(dtype)
-    difference = torch.zeros_like(attribution) if reference is None else attribution - reference
-    limit = torch.finfo(dtype).max
-    # NaN compares as false
-    active = (attribution < 0) & (attribution >= -limit) & (difference.abs() <= limit)
-    punished = active & (difference < 0) if one_sided else active
-    d = torch.where(punished, difference, torch.zeros_like(difference))
+    d, active = punished_difference(attribution, reference, one_sided)
     factor = 2 * weight * d
     if per_sample:
         factor = factor.unsqueeze(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rank_runs import Case, Run, rows_of
 from steps import WEIGHT
-from tiny import tiny_llama
+from tiny import log_probs_of, tiny_llama
 
 from ssiuu_fast import SSIUURegularizer, load_regularizer, save_regularizer
 
@@ -123,17 +123,55 @@ def test_a_save_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
         assert (after["references"][name] == tensor).all()
 
 
-def test_neurons_are_saved_in_one_process(tmp_path):
-    model = tiny_llama()
-    from tiny import log_probs_of
+NEURONS = {"granularity": "neuron", "weight": 1e-2, "target": "log_probability"}
 
-    options = {"granularity": "neuron", "weight": 1.0, "reference": "initial"}
-    regularizer = SSIUURegularizer(model, **options)
-    rows = rows_of(0, Case())
-    regularizer.set_reference([(log_probs_of(model, rows), None, torch.arange(6))])
-    save_regularizer(regularizer, tmp_path)
-    other = SSIUURegularizer(model, **options)
-    load_regularizer(other, tmp_path)
-    saved, loaded = regularizer.state_dict(), other.state_dict()
-    assert loaded["reference_ids"] == saved["reference_ids"]
-    assert all((loaded["references"][name] == tensor).all() for name, tensor in saved["references"].items())
+
+def neurons_saved_and_loaded(rank, engine, reference, folder, save, load):
+    """What the references are taken from, or loaded; and the step after it."""
+    run = Run(Case(engine=engine), rank)
+    regularizer = SSIUURegularizer(run.model, reference=reference, **NEURONS)
+    ids = torch.arange(6) if rank is None else torch.arange(4) if rank == 0 else torch.arange(4, 6)
+    mean = 1 if rank is None else 2
+
+    def step():
+        log_probs = log_probs_of(run.model, run.share(rows_of(0, run.case))[0])
+        penalty = regularizer.backward(log_probs, sample_ids=ids).item()
+        (mean * log_probs.sum()).backward()
+        gradients = run.whole((name, p.grad) for name, p in run.inner.named_parameters())
+        run.optimizer.zero_grad()
+        return penalty, gradients
+
+    if load:
+        load_regularizer(regularizer, folder)
+    elif reference == "initial":
+        regularizer.set_reference([(log_probs_of(run.model, run.share(rows_of(0, run.case))[0]), None, ids)])
+    else:
+        step()
+    if save:
+        save_regularizer(regularizer, folder)
+    with torch.no_grad():
+        for p in run.inner.parameters():
+            p.mul_(1.01)
+    return step()
+
+
+@pytest.mark.parametrize("saved_by", LAYOUTS)
+@pytest.mark.parametrize("loaded_by", LAYOUTS)
+@pytest.mark.parametrize("reference", ["previous", "initial"])
+def test_neurons(two_ranks, tmp_path, saved_by, loaded_by, reference):
+    def go(layout, *arguments):
+        call = neurons_saved_and_loaded
+        return call(None, "ddp", *arguments) if layout == "one" else two_ranks(call, layout, *arguments)[0]
+
+    penalty, gradients = go(saved_by, reference, tmp_path, True, False)
+    # all ranks hold the same, and the first one writes it
+    assert len(list(tmp_path.iterdir())) == 2
+    assert penalty > 0
+    state = json.loads((tmp_path / "regularizer.json").read_text())
+    assert reference == "previous" or state["reference_complete"]
+    resumed, theirs = go(loaded_by, reference, tmp_path, False, True)
+    assert resumed == pytest.approx(penalty, rel=1e-9)
+    for name, gradient in gradients.items():
+        assert (theirs[name] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), name
+    if saved_by == loaded_by:
+        assert resumed == penalty

@@ -7,6 +7,7 @@ from tiny import log_probs_of, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer
+from ssiuu_fast.neuron_ranks import ShardedModels
 
 
 def caught(call):
@@ -113,11 +114,12 @@ def refusals(rank):
     said = {}
     static = nn.parallel.DistributedDataParallel(tiny_llama(), static_graph=True)
     said["static"] = caught(lambda: SSIUURegularizer(static))
-    said["neuron"] = caught(lambda: SSIUURegularizer(tiny_llama(), granularity="neuron"))
 
     model = shard(make_model(Case()))
     said["named"] = caught(lambda: SSIUURegularizer(model.named_parameters()))
-    said["neuron sharded"] = caught(lambda: SSIUURegularizer(model, granularity="neuron"))
+    said["neuron calibrated"] = caught(lambda: SSIUURegularizer(model, granularity="neuron", relative_weight=3.0))
+    elsewhere = {"up_proj": nn.Linear(1, 1, device="meta")}
+    said["neuron offload"] = caught(lambda: ShardedModels(model, elsewhere, None, calibrated=False))
     said["group"] = caught(lambda: SSIUURegularizer(model, process_group=torch.distributed.new_group([rank])))
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(lambda p: None)
@@ -143,6 +145,7 @@ def refusals(rank):
     mesh = init_device_mesh("cpu", (2,))
     linear.weight = nn.Parameter(distribute_tensor(linear.weight.detach(), mesh, [Shard(1)]))
     said["tensor parallel"] = caught(lambda: SSIUURegularizer(model))
+    said["neuron tensor parallel"] = caught(lambda: SSIUURegularizer(model, granularity="neuron"))
 
     model = make_model(Case())
     model = shard(model, reshard_after_forward=False)
@@ -155,13 +158,14 @@ def test_refusals(two_ranks):
     for said in two_ranks(refusals):
         messages = {name: error and error[1] for name, error in said.items()}
         assert "static_graph=True" in messages["static"]
-        assert "the process group has 2 ranks" in messages["neuron"]
         assert "give the model and not its parameters" in messages["named"]
-        assert "the process group has 2 ranks" in messages["neuron sharded"]
+        assert "relative_weight with granularity='neuron' under FSDP2" in messages["neuron calibrated"]
+        assert "up_proj is kept off the cpu by FSDP2" in messages["neuron offload"]
         assert "process_group has other ranks than the mesh" in messages["group"]
         assert "has a hook that runs as soon as its gradient is there" in messages["steps"]
         assert "gradient sync is off under FSDP2" in messages["sync off"]
         assert "gradient sync was off under FSDP2" in messages["sync was off"]
         assert "0 of 14 regularised parameters" in messages["early"]
         assert "tensor parallel is not supported" in messages["tensor parallel"]
+        assert "tensor parallel is not supported" in messages["neuron tensor parallel"]
         assert "is not sharded just now" in messages["unsharded"]
