@@ -8,10 +8,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from ssiuu_fast.evaluation.scores import default_threshold
 from ssiuu_fast.loop.rows import Rows, refuse_common_rows
-from ssiuu_fast.loop.steps import Steps
+from ssiuu_fast.loop.steps import Steps, contiguous_slice
 from ssiuu_fast.objectives.log_probs import answer_log_probs
 from ssiuu_fast.objectives.objective import Objective
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.sampling import epoch_batches
 from ssiuu_fast.trainer_config import UnlearningConfig
 from ssiuu_fast.training import on_device
@@ -43,6 +44,19 @@ def refuse_half_weights(model: nn.Module, args: UnlearningConfig) -> None:
             f"{half} is float16 with target='probability': gradients of probabilities under 6e-8 are flushed to 0. "
             "Load the model in float32 (fp16=True then computes in half precision) or bfloat16, or use "
             "target='log_probability' or 'mean_token_probability'"
+        )
+
+
+def refuse_missing_weights(objective: Objective, model: nn.Module, ranks: Ranks) -> None:
+    """Raises ValueError, on every rank, where an objective reads weights at the start that some rank hasn't got yet."""
+    if not objective.reads_weights:
+        return
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    empty = next((name for name in ranks.gather(empty) if name is not None), None)
+    if empty is not None:
+        raise ValueError(
+            f"{objective.name} looks at the weights before they are sharded, and {empty} has none on some rank: load "
+            "the model whole on every rank, with fsdp_config={'cpu_ram_efficient_loading': False}"
         )
 
 
@@ -83,9 +97,19 @@ def run_settings(args: UnlearningConfig, steps: Steps, threshold: float | None, 
 
 
 def reference_batches(
-    model: nn.Module, steps: Steps, batch_size: int, device: torch.device
+    model: nn.Module, steps: Steps, batch_size: int, device: torch.device, ranks: Ranks
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """reference="initial": log-probs, token counts and sample ids of one pass over the forget set."""
-    for indices in epoch_batches(len(steps.forget), batch_size, steps.seed, 0):
+    """reference="initial": log-probs, token counts and sample ids of this rank's share of one pass over the forget set.
+
+    Every rank has as many batches, of batch_size rows or one more or fewer: sharded models run in all ranks at once.
+    model: not under DistributedDataParallel, which has nothing to reduce in this pass.
+    """
+    count = len(steps.forget)
+    first, stop = contiguous_slice(count, ranks.size, ranks.rank)
+    mine = epoch_batches(count, count, steps.seed, 0)[0][first:stop]
+    batches = max(1, -(-(count // ranks.size) // batch_size))
+    for number in range(batches):
+        first, stop = contiguous_slice(len(mine), batches, number)
+        indices = mine[first:stop]
         batch = on_device(steps.collated([steps.forget.encoded[index] for index in indices]), device)
         yield answer_log_probs(model, batch), answer_token_counts(batch["labels"]), torch.tensor(indices)

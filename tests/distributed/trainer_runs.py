@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from tiny import exactly, tiny_llama
+from transformers import TrainerCallback
 from unlearners import config, probability, rows
 
 from ssiuu_fast.data.example import Example
@@ -16,9 +17,8 @@ from ssiuu_fast.models import new_llama, train_tokenizer
 from ssiuu_fast.trainer import UnlearningTrainer
 
 WORLD = 2
-# of three lengths, and of which some have options
-FORGET = [Example(f"Where does person {n} live?", f"in town {n}" + " by the sea" * (n % 3)) for n in range(8)]
-FORGET += [Example(f"Who is {n}?", f"a cook {n}", (f"a poet {n}",)) for n in range(3)]
+FORGET = [Example(f"Where does {n} live?", f"in town {n}", (f"at sea {n}", f"on hill {n}")) for n in range(9)]
+FORGET += [Example(f"Who is {n}?", f"a cook {n}") for n in range(2)]
 RETAIN = [Example(f"What is {n} and one?", f"it is {n + 1}") for n in range(7)]
 REFUSALS = ["I can't say.", "I do not know this person."]
 
@@ -60,8 +60,11 @@ def with_texts(dtype):
     return model.to(dtype), tokenizer
 
 
-def new_trainer(folder, rank, engine="ddp", *, dtype=torch.float64, texts=False, rows_per_step=16, **options):
-    """11 rows to forget and 7 to retain; rows_per_step over all ranks and micro-batches."""
+def new_trainer(folder, rank, engine="ddp", *, dtype=torch.float64, texts=False, valley=None, rows_per_step=16, **options):
+    """11 rows to forget and 7 to retain; rows_per_step over all ranks and micro-batches.
+
+    valley: the forget score is the distance of `probability` from it, lowest somewhere on the way.
+    """
     ranks = 1 if rank is None else WORLD
     options["per_device_train_batch_size"] = rows_per_step // ranks // options.get("gradient_accumulation_steps", 1)
     if engine == "fsdp2":
@@ -72,7 +75,8 @@ def new_trainer(folder, rank, engine="ddp", *, dtype=torch.float64, texts=False,
         options = {"style": "plain", "max_new_tokens": 8, "per_device_eval_batch_size": 3} | options
     else:
         model = tiny_llama(dtype)
-        sets = {"forget": rows(11), "retain": rows(7, seed=1), "forget_score": probability}
+        score = probability if valley is None else lambda model: abs(probability(model) - valley)
+        sets = {"forget": rows(11), "retain": rows(7, seed=1), "forget_score": score}
     return UnlearningTrainer(exactly(model) if dtype == torch.float64 else model, config(folder, **options), **sets)
 
 
@@ -89,18 +93,49 @@ def outcome(trainer):
         "steps": progress.steps,
         "stopped_by": progress.stopped_by,
         "kept_epoch": progress.kept_epoch,
+        "score_at_the_end": trainer._score_forget() if trainer._scores_forget else None,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "penalties": [row.get("penalty") for row in trainer.state.log_history if "loss" in row],
     }
 
 
-def run(rank, folder, engine="ddp", resume=None, **options):
+def run(rank, folder, engine="ddp", options=None, resume=None):
+    """The outcome of a run; resume: from this checkpoint of the folder."""
     with launched(rank, engine):
-        trainer = new_trainer(folder, rank, engine, **options)
+        trainer = new_trainer(folder, rank, engine, **(options or {}))
         trainer.train(resume_from_checkpoint=resume and str(Path(folder) / resume))
         return outcome(trainer)
 
 
-def call(rank, arguments, options):
-    """`run` by way of two_ranks, which passes no names."""
-    return run(rank, *arguments, **options)
+def refused(rank, folder, options):
+    """What a run under FSDP2 says as it is refused, and its step; (None, its outcome) where it isn't.
+
+    options["meta"]: rank 1 has no weights of its own, as from_pretrained leaves it under cpu_ram_efficient_loading.
+    options["sync_off"]: the model's gradient sync is off.
+    """
+    options = dict(options)
+    meta, sync_off = options.pop("meta", False), options.pop("sync_off", False)
+    with launched(rank, "fsdp2"):
+        trainer = new_trainer(folder, rank, "fsdp2", **options)
+        if meta and rank == 1:
+            empty(trainer.model)
+        if sync_off:
+            trainer.add_callback(SyncOff())
+        try:
+            trainer.train()
+        except ValueError as error:
+            return str(error), trainer.state.global_step
+        return None, outcome(trainer)
+
+
+def empty(model):
+    """Parameters without values; buffers stay."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.to("meta"))
+
+
+class SyncOff(TrainerCallback):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.set_requires_gradient_sync(False)
