@@ -136,7 +136,7 @@ class UnlearningTrainer(Trainer):
         Raises ValueError for a checkpoint of another configuration or of other rows.
         """
         run, bare = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
-        refuse_missing_weights(self.objective, bare, self.ranks)
+        refuse_missing_weights(bare, self.ranks)
         folder = checkpoints.find(run, resume_from_checkpoint)
         self._resumed = None
         if folder is not None:

@@ -47,16 +47,18 @@ def refuse_half_weights(model: nn.Module, args: UnlearningConfig) -> None:
         )
 
 
-def refuse_missing_weights(objective: Objective, model: nn.Module, ranks: Ranks) -> None:
-    """Raises ValueError, on every rank, where an objective reads weights at the start that some rank hasn't got yet."""
-    if not objective.reads_weights:
-        return
+def refuse_missing_weights(model: nn.Module, ranks: Ranks) -> None:
+    """Raises ValueError, on every rank, where a rank has parameters without values.
+
+    accelerate gives the optimizer its sharded parameters by the addresses of those before: the same for all on the meta
+    device, so that such a rank would train one parameter alone.
+    """
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     empty = next((name for name in ranks.gather(empty) if name is not None), None)
     if empty is not None:
         raise ValueError(
-            f"{objective.name} looks at the weights before they are sharded, and {empty} has none on some rank: load "
-            "the model whole on every rank, with fsdp_config={'cpu_ram_efficient_loading': False}"
+            f"{empty} is on the meta device of some rank, without values: load the model whole on every rank, such as "
+            "by from_pretrained, before the trainer is made"
         )
 
 

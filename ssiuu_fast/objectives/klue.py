@@ -47,7 +47,6 @@ class LocalisedDifference(GradientDifference):
     """
 
     name: ClassVar[str] = "KLUE"
-    reads_weights: ClassVar[bool] = True
 
     others_weight: float = 10.0
     others: int = 5

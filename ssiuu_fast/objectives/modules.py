@@ -123,7 +123,7 @@ class TrainedAlone:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode without gradients; afterwards every module in the mode it had, and its shards back."""
+    """The model in evaluation mode without gradients; afterwards in the modes it had, and sharded as it was."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

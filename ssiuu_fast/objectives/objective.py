@@ -53,8 +53,6 @@ class Objective:
     needs_refusals: ClassVar[bool] = False
     # log-probs of the starting model for every forget row (and refusal)
     needs_reference: ClassVar[bool] = False
-    # whether `prepare` looks at the weights, which every rank must have then
-    reads_weights: ClassVar[bool] = False
 
     def refuse(self, arguments) -> None:
         """Raises ValueError where this objective can't keep its word under these TrainingArguments."""

@@ -37,7 +37,6 @@ class RepresentationMisdirection(Objective):
     """
 
     name: ClassVar[str] = "RMU"
-    reads_weights: ClassVar[bool] = True
 
     alpha: float = 100.0
     coefficient: float = 20.0

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
@@ -17,8 +18,10 @@ from ssiuu_fast.models import new_llama, train_tokenizer
 from ssiuu_fast.trainer import UnlearningTrainer
 
 WORLD = 2
-FORGET = [Example(f"Where does {n} live?", f"in town {n}", (f"at sea {n}", f"on hill {n}")) for n in range(9)]
-FORGET += [Example(f"Who is {n}?", f"a cook {n}") for n in range(2)]
+FORGET = [
+    Example(f"Where does {n} live?", f"in town {n * 3 % 9}", tuple(f"in town {(n * 3 + k) % 9}" for k in (1, 2)))
+    for n in range(11)
+]
 RETAIN = [Example(f"What is {n} and one?", f"it is {n + 1}") for n in range(7)]
 REFUSALS = ["I can't say.", "I do not know this person."]
 
@@ -60,7 +63,9 @@ def with_texts(dtype):
     return model.to(dtype), tokenizer
 
 
-def new_trainer(folder, rank, engine="ddp", *, dtype=torch.float64, texts=False, valley=None, rows_per_step=16, **options):
+def new_trainer(
+    folder, rank, engine="ddp", *, dtype=torch.float64, texts=False, valley=None, rows_per_step=16, **options
+):
     """11 rows to forget and 7 to retain; rows_per_step over all ranks and micro-batches.
 
     valley: the forget score is the distance of `probability` from it, lowest somewhere on the way.
@@ -107,29 +112,31 @@ def run(rank, folder, engine="ddp", options=None, resume=None):
         return outcome(trainer)
 
 
-def refused(rank, folder, options):
-    """What a run under FSDP2 says as it is refused, and its step; (None, its outcome) where it isn't.
-
-    options["meta"]: rank 1 has no weights of its own, as from_pretrained leaves it under cpu_ram_efficient_loading.
-    options["sync_off"]: the model's gradient sync is off.
-    """
-    options = dict(options)
-    meta, sync_off = options.pop("meta", False), options.pop("sync_off", False)
+def refused(rank, folder, options, how):
+    """What a run under FSDP2 says as it is refused, and its step. how: "sync off" or "meta"."""
     with launched(rank, "fsdp2"):
         trainer = new_trainer(folder, rank, "fsdp2", **options)
-        if meta and rank == 1:
-            empty(trainer.model)
-        if sync_off:
+        if how == "sync off":
             trainer.add_callback(SyncOff())
-        try:
+        elif rank == 1:
+            put_on_meta(trainer.model)
+        with pytest.raises(ValueError) as refusal:
             trainer.train()
-        except ValueError as error:
-            return str(error), trainer.state.global_step
-        return None, outcome(trainer)
+        return str(refusal.value), trainer.state.global_step
 
 
-def empty(model):
-    """Parameters without values; buffers stay."""
+def run_from_the_first_rank(rank, folder, options):
+    """The outcome of a run under FSDP2 in which rank 1 has other weights at first, as it may by lean loading."""
+    with launched(rank, "fsdp2"):
+        trainer = new_trainer(folder, rank, "fsdp2", fsdp_config={"cpu_ram_efficient_loading": True}, **options)
+        if rank == 1:
+            for parameter in trainer.model.parameters():
+                parameter.data.zero_()
+        trainer.train()
+        return outcome(trainer)
+
+
+def put_on_meta(model):
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
