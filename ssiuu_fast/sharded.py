@@ -32,10 +32,12 @@ class Sharded:
     def __init__(self, model: nn.Module, parameters: NamedParameters, process_group):
         self._groups = parameter_groups(model)
         self._context = next(m for m in model.modules() if isinstance(m, FSDPModule))._get_fsdp_state()._state_ctx
-        self._all = list(model.parameters())
+        # a module that is gathered just now has other objects in place of its shards, whose .grad stays empty
+        gathered = {id(p._unsharded_param): p.sharded_param for p in self._managed() if hasattr(p, "_unsharded_param")}
+        self._all = [gathered.get(id(parameter), parameter) for parameter in model.parameters()]
         self._parameters = list(parameters.values())
         self.ranks, self.shards = ranks_of(self._groups, parameters, process_group)
-        sharded = {id(p.sharded_param): p for group in self._groups for p in group.fsdp_params}
+        sharded = {id(p.sharded_param): p for p in self._managed()}
         self._sharded = [sharded[id(parameter)] for parameter in self._parameters]
         # whether a rank still has a batch, and the number of samples. Every pass is one of all ranks
         self.agreement = Agreement(self.ranks, 2, lambda last: True)
@@ -103,9 +105,13 @@ class Sharded:
                 parameter.grad = gradient
         return gradients
 
+    def _managed(self) -> Iterator:
+        """What FSDP2 knows of each parameter that it shards."""
+        return (parameter for group in self._groups for parameter in group.fsdp_params)
+
     def _refuse_unsynchronised(self) -> None:
         off = any(not (group.reduce_grads and group.all_reduce_grads) for group in self._groups)
-        left = any(_unreduced(parameter) for group in self._groups for parameter in group.fsdp_params)
+        left = any(_unreduced(parameter) for parameter in self._managed())
         if off or left or any(getattr(group, "_partial_reduce_output", None) is not None for group in self._groups):
             raise ValueError(
                 f"gradient sync {'is' if off else 'was'} off under FSDP2 (set_requires_gradient_sync(False), or "

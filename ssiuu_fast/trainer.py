@@ -20,9 +20,17 @@ from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.loop.flow import UnlearningFlow
 from ssiuu_fast.loop.progress import Progress, read_progress
 from ssiuu_fast.loop.rows import Rows, read_rows
-from ssiuu_fast.loop.start import reference_batches, refuse_half_weights, refuse_rows, run_settings, threshold_of
+from ssiuu_fast.loop.start import (
+    reference_batches,
+    refuse_half_weights,
+    refuse_missing_weights,
+    refuse_rows,
+    run_settings,
+    threshold_of,
+)
 from ssiuu_fast.loop.step_log import StepLog, penalty_figures
 from ssiuu_fast.loop.steps import Part, Steps
+from ssiuu_fast.objectives.modules import reshard
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
 from ssiuu_fast.regularizer_file import load_regularizer, save_regularizer
@@ -128,6 +136,7 @@ class UnlearningTrainer(Trainer):
         Raises ValueError for a checkpoint of another configuration or of other rows.
         """
         run, bare = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        refuse_missing_weights(bare, self.ranks)
         folder = checkpoints.find(run, resume_from_checkpoint)
         self._resumed = None
         if folder is not None:
@@ -157,6 +166,8 @@ class UnlearningTrainer(Trainer):
 
     def begin(self) -> None:
         """When the model is wrapped: the penalty, the reference log-probs, and what a checkpoint has of them."""
+        # what is built now holds on to the shards
+        reshard(self.model_wrapped)
         if self.objective.needs_refusals:
             self.steps.refusals = self._refusal_rows()
         if self.objective.needs_reference and self.steps.reference_log_probs is None:
@@ -180,7 +191,7 @@ class UnlearningTrainer(Trainer):
         elif self.args.regularize and self.args.reference == "initial":
             self.model.eval()
             batches = reference_batches(
-                self.model_wrapped, self.steps, self.args.per_device_train_batch_size, self.ranks, self.args.device
+                self.model, self.steps, self.args.per_device_train_batch_size, self.ranks, self.args.device
             )
             self.regularizer.set_reference(batches)
         self._step_log = StepLog(self.args.device)
@@ -367,7 +378,9 @@ class UnlearningTrainer(Trainer):
         if self._forget_score is None:
             return self._score(self.forget)
         # what one rank found is what all go by
-        return self.ranks.gather(float(self._forget_score(self.model)))[0]
+        score = self.ranks.gather(float(self._forget_score(self.model)))[0]
+        reshard(self.model)
+        return score
 
     def _score(self, rows: Rows) -> float:
         size, longest = self.args.per_device_eval_batch_size, self.args.max_new_tokens

@@ -47,6 +47,21 @@ def refuse_half_weights(model: nn.Module, args: UnlearningConfig) -> None:
         )
 
 
+def refuse_missing_weights(model: nn.Module, ranks: Ranks) -> None:
+    """Raises ValueError, on every rank, where a rank has parameters without values.
+
+    accelerate gives the optimizer its sharded parameters by the addresses of those before: the same for all on the meta
+    device, so that such a rank would train one parameter alone.
+    """
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    empty = next((name for name in ranks.gather(empty) if name is not None), None)
+    if empty is not None:
+        raise ValueError(
+            f"{empty} is on the meta device of some rank, without values: load the model whole on every rank, such as "
+            "by from_pretrained, before the trainer is made"
+        )
+
+
 def threshold_of(args: UnlearningConfig, forget: Rows, forget_score: Callable | None) -> float | None:
     """The threshold that is given, or that of the forget texts; None where the run has no early stop.
 
@@ -86,7 +101,10 @@ def run_settings(args: UnlearningConfig, steps: Steps, threshold: float | None, 
 def reference_batches(
     model: nn.Module, steps: Steps, batch_size: int, ranks: Ranks, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """reference="initial": log-probs, token counts and sample ids of this rank's part of a pass over the forget set."""
+    """reference="initial": log-probs, token counts and sample ids of this rank's part of a pass over the forget set.
+
+    model: not under DistributedDataParallel, which has nothing to reduce in this pass.
+    """
     for indices in rank_batches(len(steps.forget), batch_size, steps.seed, ranks.size, ranks.rank):
         batch = on_device(steps.collated([steps.forget.encoded[index] for index in indices]), device)
         yield answer_log_probs(model, batch), answer_token_counts(batch["labels"]), torch.tensor(indices)

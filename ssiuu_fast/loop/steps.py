@@ -106,7 +106,7 @@ class Steps:
         """Micro-batch 0, 1, … of a rank in step 0, 1, …"""
         number = rank * self.micro_batches + micro_batch
         drawn = wrapping_batch(len(self.forget), self.batch_size, self.seed, step)
-        first, stop = _slice(len(drawn), self._slices, number)
+        first, stop = contiguous_slice(len(drawn), self._slices, number)
         mine = drawn[first:stop]
         passes = [(step * self.rows_per_step + place) // len(self.forget) for place in range(first, stop)]
         rows = [self.forget.encoded[index] for index in mine]
@@ -134,7 +134,7 @@ class Steps:
         if self.retain is None:
             return None, None
         drawn = wrapping_batch(len(self.retain), self.batch_size, self.seed + RETAIN_SEED, step)
-        first, stop = _slice(len(drawn), self._slices, number)
+        first, stop = contiguous_slice(len(drawn), self._slices, number)
         rows = [self.retain.encoded[index] for index in drawn[first:stop]]
         return self.collated(rows), _totals(self.retain, drawn)
 
@@ -143,7 +143,7 @@ class Steps:
         return collate(rows, self._pad_id)
 
 
-def _slice(rows: int, slices: int, number: int) -> tuple[int, int]:
+def contiguous_slice(rows: int, slices: int, number: int) -> tuple[int, int]:
     """Bounds of one of contiguous slices whose lengths differ by at most one."""
     return rows * number // slices, rows * (number + 1) // slices
 

@@ -123,7 +123,7 @@ class TrainedAlone:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode without gradients; afterwards every module in the mode it had."""
+    """The model in evaluation mode without gradients; afterwards in the modes it had, and sharded as it was."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
@@ -132,3 +132,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Makes FSDP2 put the shards back, and gather anew, where whole weights outlast a forward pass: those of the root,
+    and with reshard_after_forward=False of others. Does nothing to other models."""
+    for module in bare(model).modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ssiuu_fast.objectives.modules import bare, evaluating, local, sharded_as, whole
+from ssiuu_fast.objectives.modules import bare, evaluating, local, reshard, sharded_as, whole
 
 
 class StartingWeights:
@@ -22,7 +22,7 @@ class StartingWeights:
         """
         now = {}
         with evaluating(model):
-            _forget_gathered(model)
+            reshard(model)
             try:
                 for name in self._weights:
                     parameter = bare(model).get_parameter(name)
@@ -31,7 +31,7 @@ class StartingWeights:
                     values.copy_(self._placed(name, parameter))
                 yield
             finally:
-                _forget_gathered(model)
+                reshard(model)
                 for name, values in now.items():
                     _values(bare(model).get_parameter(name)).copy_(values)
 
@@ -48,11 +48,3 @@ class StartingWeights:
 def _values(parameter: nn.Parameter) -> Tensor:
     # .data: a graph that is alive elsewhere must not take the exchange for a change of its weights
     return local(parameter.detach()).data
-
-
-def _forget_gathered(model: nn.Module) -> None:
-    """Makes FSDP2 put the shards back, and gather anew, where it keeps whole weights after a forward pass
-    (reshard_after_forward=False)."""
-    for module in bare(model).modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()

@@ -186,3 +186,28 @@ class Run:
 
 def run(rank, case):
     return Run(case, rank).go()
+
+
+def objective_gradients(rank, weight):
+    """A loss's gradients beside a regulariser that is built while the last norm and the head are gathered.
+
+    weight None: without one. Its penalty is 0 in the first step.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_llama(torch.float64)
+    for block in model.model.layers:
+        fully_shard(block)
+    fully_shard([model.model.norm, model.lm_head], reshard_after_forward=False)
+    fully_shard(model)
+    rows = part(batch(samples=ROWS), rank * 3, rank * 3 + 3)
+    with torch.no_grad():
+        log_probs_of(model, rows)
+    regularizer = None if weight is None else SSIUURegularizer(model, weight=weight)
+    log_probs = log_probs_of(model, rows)
+    if regularizer is not None:
+        regularizer.backward(log_probs)
+    log_probs.sum().backward()
+    model.reshard()
+    model.model.norm.reshard()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from rank_runs import Case, Run, run
+from rank_runs import Case, Run, objective_gradients, run
 
 FP32 = {"dtype": torch.float32, "optimizer": "adamw"}
 CASES = {
@@ -75,3 +75,10 @@ def test_the_penalty_matters_in_these_steps():
         without, _ = Run(dataclasses.replace(case, options={"weight": 0.0})).go()
         assert sum(step["penalty"] > 0 for step in figures) >= case.steps // 2, name
         assert max((with_it[key] - without[key]).abs().max() for key in without) > 1e-6, name
+
+
+def test_built_while_modules_are_gathered(two_ranks):
+    plain, _ = two_ranks(objective_gradients, None)
+    for gradients in two_ranks(objective_gradients, 1.0):
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, plain[name], rtol=1e-12, atol=1e-14)
