@@ -460,6 +460,7 @@ def nonfinite(rank, reference, how):
     loss = log_probs_of(alone, rows).sum() / tokens
     (expected,) = torch.autograd.grad(loss, [alone.layers[0].weight])
     gradient = model.module.layers[0].weight.grad
+    assert gradient.isfinite().all()
     differs = ((gradient - expected).abs() > 1e-9 * expected.abs().max()).any(1)
     assert differs[:5].any()
     # of samples, the other rank's are punished all the same
