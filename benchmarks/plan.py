@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -124,30 +125,36 @@ def _config(shape):
 
 def _unlearn(model, case):
     from ssiuu_fast.data.collate import Encoded
-    from ssiuu_fast.regularizer import SSIUURegularizer
-    from ssiuu_fast.unlearning import unlearn
+    from ssiuu_fast.trainer import UnlearningTrainer
+    from ssiuu_fast.trainer_config import UnlearningConfig
 
-    regularizer = None
+    penalty = {}
     if case.grain is not None:
-        state_dtype = case.state_dtype if case.state_dtype in (None, "8bit") else getattr(torch, case.state_dtype)
-        regularizer = SSIUURegularizer(
-            model, weight=1e-3, target="log_probability", granularity=case.grain, state_dtype=state_dtype
-        )
+        penalty = {
+            "weight": 1e-3,
+            "target": "log_probability",
+            "granularity": case.grain,
+            "state_dtype": case.state_dtype,
+        }
     rows = [Encoded(ids, labels) for ids, labels in _rows(case)]
     scores = iter((1.0, 0.9, 0.8, 0.7))
-    unlearn(
-        model,
-        rows,
-        rows,
-        objective="gd",
-        learning_rate=1e-5,
-        threshold=0.0,
-        forget_score=lambda: next(scores),
-        regularizer=regularizer,
-        max_epochs=3,
-        batch_size=case.batch_size,
-        micro_batch_size=case.micro_batch_size,
-    )
+    micro_batches = 1 if case.micro_batch_size is None else case.batch_size // case.micro_batch_size
+    with tempfile.TemporaryDirectory() as folder:
+        config = UnlearningConfig(
+            output_dir=folder,
+            regularize=case.grain is not None,
+            **penalty,
+            threshold=0.0,
+            num_train_epochs=3,
+            per_device_train_batch_size=case.batch_size // micro_batches,
+            gradient_accumulation_steps=micro_batches,
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+        )
+        run = UnlearningTrainer(model, config, forget=rows, retain=rows, forget_score=lambda model: next(scores))
+        run.train()
 
 
 def _attribute(model, case):

@@ -22,7 +22,7 @@ model = get_peft_model(model, adapter)
 model.print_trainable_parameters()
 
 trainer = UnlearningTrainer(model, config, forget=forget, retain=retain, processing_class=tokenizer)
-trainer.train()
+trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
 trainer.save_model()
 if trainer.is_world_process_zero():
     progress = trainer.progress()

@@ -19,6 +19,7 @@ from ssiuu_fast.experiment import (
     Task,
     UnlearningRecipe,
     attack_task,
+    carry_teaching,
     load_model,
     scores_of,
     unlearn_logged,
@@ -125,6 +126,7 @@ def _unlearn(
         if not details["reached"]:
             return {"unlearning": details}
         models.save(model, encoder.tokenizer, parts.file(job.file))
+        carry_teaching(start, parts.file(job.file))
     return {"unlearning": details} | scores_of(model, encoder, task, recipe)
 
 

@@ -16,6 +16,7 @@ from ssiuu_fast.experiment import (
     Say,
     Task,
     attack_task,
+    carry_teaching,
     load_model,
     memorised_in,
     retrain_on_a_few,
@@ -87,6 +88,7 @@ def run_method(method: str, seed: int, task: Task, recipe: Recipe, taught: Path,
         for note in details["notes"]:
             say(f"  {name}: {note}")
         models.save(model, encoder.tokenizer, run.file(name))
+        carry_teaching(taught, run.file(name))
     row = {"method": method, "seed": seed} | scores_of(model, encoder, task, recipe)
     attacks = attack_task(model, encoder, seed, task, recipe, only_wrong=details.get("reached", False))
     row |= {attack.name: attack.recovered for attack in attacks}

@@ -152,6 +152,7 @@ def memorise(task: Task, recipe: Recipe, folder: Path, *, progress: bool = True)
         progress=progress,
     )
     models.save(model, tokenizer, folder)
+    RunFolder(folder).write_json(TEACHING_FILE, taught)
     everything = score(model, encoder, task.split.memorised, max_new_tokens=recipe.max_new_tokens, progress=progress)
     return taught | {
         "score_of_all": everything.mean,
@@ -171,6 +172,13 @@ def noted_teaching_rate(model: str) -> float | None:
     """The learning rate that taught the model of a folder, if `memorize` noted it there."""
     noted = Path(model) / TEACHING_FILE
     return json.loads(noted.read_text(encoding="utf-8"))["learning_rate"] if noted.exists() else None
+
+
+def carry_teaching(origin, folder) -> None:
+    """An unlearned model was taught at the rate that its origin was taught at: what `attack` goes by."""
+    noted = Path(origin) / TEACHING_FILE
+    if noted.exists():
+        RunFolder(Path(folder)).write_json(TEACHING_FILE, json.loads(noted.read_text(encoding="utf-8")))
 
 
 def templated(rows: Iterable[Example]) -> Iterator[str]:

@@ -138,6 +138,8 @@ class UnlearningTrainer(Trainer):
         run, bare = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
         refuse_missing_weights(bare, self.ranks)
         folder = checkpoints.find(run, resume_from_checkpoint)
+        if folder is None:
+            checkpoints.refuse_older(run)
         self._resumed = None
         if folder is not None:
             self._resumed = (folder, *checkpoints.read_notes(folder, self._settings()))
@@ -212,6 +214,7 @@ class UnlearningTrainer(Trainer):
         return read_progress(
             self.state.log_history,
             steps=self.state.global_step,
+            epochs=self.state.global_step / self.steps.per_epoch,
             threshold=self.threshold,
             divergence=self.flow.divergence,
             regularized=regularizer is not None,
@@ -378,9 +381,11 @@ class UnlearningTrainer(Trainer):
         if self._forget_score is None:
             return self._score(self.forget)
         # what one rank found is what all go by
-        score = self.ranks.gather(float(self._forget_score(self.model)))[0]
+        found = self.ranks.gather(float(self._forget_score(self.model)))[0]
         reshard(self.model)
-        return score
+        if not math.isfinite(found):
+            raise FloatingPointError(f"forget_score gave {found}")
+        return found
 
     def _score(self, rows: Rows) -> float:
         size, longest = self.args.per_device_eval_batch_size, self.args.max_new_tokens

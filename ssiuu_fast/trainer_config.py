@@ -1,5 +1,6 @@
 """How an unlearning run is configured: TrainingArguments, the objective, the penalty and the early stop."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -150,6 +151,10 @@ class UnlearningConfig(TrainingArguments):
         for name, least in (("max_length", 2), ("max_new_tokens", 1), ("every", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("weight", "relative_weight", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
 
     def _refuse_arguments(self) -> None:
         if self.load_best_model_at_end or self.metric_for_best_model or self.save_strategy == SaveStrategy.BEST:
@@ -166,6 +171,12 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError(
                 "auto_find_batch_size would change the rows of a step, and attributions are sums over them: lower "
                 "per_device_train_batch_size and raise gradient_accumulation_steps by the same factor"
+            )
+        optimizer = self.optim.value
+        if optimizer in _STEPS_IN_BACKWARD or optimizer.endswith("_layerwise"):
+            raise ValueError(
+                f"optim={optimizer!r} steps inside the backward pass, and would move the weights before the step's "
+                "gradient is whole: use another optimizer, such as adamw_torch or adamw_bnb_8bit"
             )
         if self.label_smoothing_factor:
             raise ValueError(
@@ -184,12 +195,6 @@ class UnlearningConfig(TrainingArguments):
             )
 
     def _refuse_with_the_penalty(self) -> None:
-        optimizer = self.optim.value
-        if optimizer in _STEPS_IN_BACKWARD or optimizer.endswith("_layerwise"):
-            raise ValueError(
-                f"optim={optimizer!r} steps inside the backward pass, and would move the weights before the step's "
-                "gradient is whole: use another optimizer, such as adamw_torch or adamw_bnb_8bit"
-            )
         if self.use_liger_kernel:
             raise ValueError(
                 "use_liger_kernel=True: its kernels overwrite saved tensors in place, and the second backward pass, "

@@ -1,6 +1,5 @@
 """`ssiuu-fast unlearn`: a run of UnlearningTrainer, on one or many processes, in a folder it can be resumed from."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from ssiuu_fast.data.example import Example, refuse_overlap
 from ssiuu_fast.data.refusals import DEFAULT_REFUSAL, load_refusals
 from ssiuu_fast.data.sources import load_examples
 from ssiuu_fast.evaluation import scores
-from ssiuu_fast.experiment import TEACHING_FILE
+from ssiuu_fast.experiment import carry_teaching
 from ssiuu_fast.loading import encoder_of
 from ssiuu_fast.loop.callbacks import show
 from ssiuu_fast.methods import PENALTY, Method
@@ -263,10 +262,7 @@ def _save(trainer: UnlearningTrainer, folder: Path) -> None:
 
 def _finish(results: dict, asked: _Asked, options: UnlearnOptions, run: RunFolder) -> None:
     """On one process: the results in the folder and on the screen; the checkpoints have done their work."""
-    noted = Path(options.model) / TEACHING_FILE
-    if noted.exists():
-        # the unlearned model was taught at the rate that its origin was taught at
-        run.write_json(f"{MODEL_FOLDER}/{TEACHING_FILE}", json.loads(noted.read_text(encoding="utf-8")))
+    carry_teaching(options.model, run.file(MODEL_FOLDER))
     run.write_json(RESULTS, results)
     run.file(BEFORE).unlink()
     shutil.rmtree(run.file(CHECKPOINTS), ignore_errors=True)

@@ -32,6 +32,11 @@ class BestWeights:
         self._live = {name: p for name, p in model.named_parameters() if p.requires_grad} | buffers
         self._kept: dict[str, Tensor] = {}
 
+    @property
+    def kept(self) -> bool:
+        """Whether any evaluation kept weights."""
+        return self.score < float("inf")
+
     @torch.no_grad()
     def offer(self, score: float, step: int, epoch: float) -> None:
         """Keeps the model's weights if their score is the lowest, the first of the lowest."""
@@ -45,7 +50,9 @@ class BestWeights:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts the kept weights back; every rank calls it."""
+        """Puts the kept weights back, if any evaluation kept some; every rank calls it."""
+        if not self.kept:
+            return
         for name, tensor in self._live.items():
             if self._keeps(tensor):
                 _local(tensor).copy_(self._kept[name])

@@ -65,6 +65,16 @@ def rotate(run: Path, limit: int | None) -> None:
         remove(Path(checkpoint))
 
 
+def refuse_older(run: Path) -> None:
+    """Raises ValueError where another run left checkpoints: resuming would not tell them from the new run's."""
+    older = get_last_checkpoint(str(run)) if run.is_dir() else None
+    if older is not None and (Path(older) / NOTES).exists():
+        raise ValueError(
+            f"{run} holds {Path(older).name} of an earlier run: go on with it, resume_from_checkpoint=True, or use "
+            "another output_dir"
+        )
+
+
 def sweep(run: Path) -> None:
     """Removes what a killed run left half-written or half-removed."""
     for prefix in (STAGING, REMOVED):
@@ -97,9 +107,9 @@ def write_notes(folder: Path, settings: dict, best: BestWeights | None, state: d
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items() if isinstance(value, Tensor)}
     plain = {name: value for name, value in state.items() if name not in tensors}
-    kept = None if best is None else best.meta()
+    kept = best.meta() if best is not None and best.kept else None
     writes = not dist.is_initialized() or dist.get_rank() == 0
-    if best is not None and folder.name != f"checkpoint-{best.step}":
+    if best is not None and best.kept and folder.name != f"checkpoint-{best.step}":
         best.save(folder / BEST)
     if writes:
         if tensors:

@@ -24,6 +24,7 @@ class UnlearningFlow(TrainerCallback):
 
     def resume(self, state, control) -> None:
         """At the beginning of a run, with the history of a resumed one."""
+        self._evaluated_at = self._saved_at = None
         evaluations = [row for row in state.log_history if FORGET_SCORE in row]
         if evaluations:
             self._evaluated_at = evaluations[-1]["step"]

@@ -1,5 +1,7 @@
 """What an unlearning run did, read from the log that every checkpoint carries."""
 
+import itertools
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -55,6 +57,7 @@ def read_progress(
     history: Sequence[dict],
     *,
     steps: int,
+    epochs: float,
     threshold: float | None,
     divergence: str | None = None,
     regularized: bool = False,
@@ -63,16 +66,17 @@ def read_progress(
 ) -> Progress:
     """The progress of a run from TrainerState.log_history.
 
-    steps: optimizer steps taken. divergence: why the run diverged. regularized, weight, parameters: whether there was
-    a penalty, its λ if it is fixed, and what it is on.
+    steps, epochs: optimizer steps taken, and passes over the forget rows. divergence: why the run diverged.
+    regularized, weight, parameters: whether there was a penalty, its λ if it is fixed, and what it is on.
     """
     evaluations = [row for row in history if FORGET_SCORE in row]
-    trained = [row for row in history if "loss" in row]
-    progress = Progress(threshold, [row[FORGET_SCORE] for row in evaluations], steps=steps, weight=weight)
-    if regularized:
-        progress.penalty_shares = [row.get(PENALTY_SHARE) for row in trained]
-    if trained:
-        progress.epochs = _plain(trained[-1]["epoch"])
+    logged = [row for row in history if "loss" in row]
+    progress = Progress(
+        threshold, [row[FORGET_SCORE] for row in evaluations], epochs=_plain(epochs), steps=steps, weight=weight
+    )
+    if regularized and steps:
+        # a run that logs no step tells nothing of them
+        progress.penalty_shares = [row.get(PENALTY_SHARE) for row in logged] or [None]
     if evaluations:
         _judge(progress, evaluations)
     if divergence is not None:
@@ -117,8 +121,11 @@ def _notes(progress: Progress, regularized: bool, parameters: Iterable[nn.Parame
         notes.append(
             "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
         )
-    elif progress.penalty_share is not None and (reason := too_small(progress.penalty_share, parameters)):
-        notes.append(reason)
+    elif progress.penalty_share is not None:
+        # nothing is added while λ is being calibrated
+        added = list(itertools.dropwhile(lambda share: share == 0, progress.penalty_shares))
+        if reason := too_small(statistics.mean(added) if added else 0.0, parameters):
+            notes.append(reason)
     return notes
 
 

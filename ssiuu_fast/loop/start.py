@@ -17,6 +17,11 @@ from ssiuu_fast.sampling import rank_batches
 from ssiuu_fast.trainer_config import UnlearningConfig
 from ssiuu_fast.training import on_device
 
+OPTIMIZATION = (
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16",
+)  # fmt: skip
+
 
 def refuse_rows(
     objective: Objective, forget: Rows, retain: Rows | None, test: Rows | None, refusals: Sequence[str] | None
@@ -95,7 +100,13 @@ def run_settings(args: UnlearningConfig, steps: Steps, threshold: float | None, 
         "retain_rows": None if steps.retain is None else steps.retain.digest,
         "refusals": None if refusals is None else list(refusals),
         "threshold": threshold,
+        # a scheduler or an optimizer takes its settings from the checkpoint, whatever the new run was given
+        "optimization": {name: _plain(getattr(args, name)) for name in OPTIMIZATION},
     }
+
+
+def _plain(value):
+    return getattr(value, "value", value)
 
 
 def reference_batches(
