@@ -30,7 +30,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     if ddp is not None:
         refuse_several_processes(ddp.process_group)
     refuse_partitioned(model.named_parameters())
-    refuse_sharded(model.named_parameters(), "sharded parameters are not built yet here. Run in one process")
+    refuse_sharded(model.named_parameters(), "this works on whole ones. Run in one process")
     return model
 
 
@@ -94,7 +94,7 @@ def refuse_several_processes(process_group=None) -> None:
     world = torch.distributed.get_world_size(process_group)
     if world > 1:
         raise ValueError(
-            f"the process group has {world} ranks: sums over ranks are not built yet here. Run in one process"
+            f"the process group has {world} ranks: this works in one process only"
         )
 
 

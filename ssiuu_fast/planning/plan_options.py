@@ -26,7 +26,7 @@ class PlanOptions:
         granularity: what the penalty is on, see unlearn.
         gradient_checkpointing: activations of blocks are computed again in every backward pass instead of kept.
         rows: forget rows; with it the plan also tells the time of an epoch.
-        gpus: 1 to 8, which share the rows of a step. Several processes are not built yet.
+        gpus: 1 to 8, which share the rows of a step. An estimate by formulas.
         device: A100-80, H100, H200, B200, RTX-4090, RTX-5090, or cpu, whose speed is then measured for a second. Left
             open: all of those GPUs.
         memory: of a device that isn't listed, in GB of 10^9 bytes; give bandwidth and tflops with it.

@@ -140,7 +140,7 @@ def test_what_does_not_fit_says_what_to_change(capsys):
 def test_several_gpus_are_said_to_be_an_estimate(capsys):
     assert main(["plan", *SMALL, "--gpus", "4"]) == 0
     printed = capsys.readouterr().out
-    assert "several processes are not built yet" in printed
+    assert "an estimate by formulas, not measured" in printed
     assert "peak of a GPU, sharded" in printed
 
 
