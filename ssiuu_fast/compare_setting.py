@@ -1,6 +1,9 @@
 """From the options of `compare` to what it runs; whatever is wrong with them is said here, before any run."""
 
+import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 
 from ssiuu_fast import models
 from ssiuu_fast.comparison_options import CompareOptions
@@ -34,6 +37,13 @@ class Setting:
     recipe: UnlearningRecipe
     start: str | None
     notes: list[str]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of all that a run's result follows from: rows, recipe, rates, and which files the model is in."""
+        weights = sorted(Path(self.start).glob("*.safetensors")) if self.start is not None else []
+        files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in weights]
+        return hashlib.sha256(repr((self.task, self.recipe, self.sweep, files)).encode()).hexdigest()
 
 
 def setting(options: CompareOptions) -> Setting:

@@ -11,6 +11,8 @@ from ssiuu_fast.demo import run_demo
 from ssiuu_fast.experiment import PEOPLE, TAUGHT, TOFU, Recipe, Task, memorised_in, people_task, tofu_task
 from ssiuu_fast.runs import RunFolder
 
+DIGEST = "digest.json"
+
 
 def demo(options: DemoOptions) -> None:
     """Unlearn people by GD and by Ssiuu, attack both by retraining, and read which one erased."""
@@ -35,6 +37,12 @@ def compare(options: CompareOptions) -> None:
     compared = setting(options)
     if run is None:
         run = RunFolder.create(options.output, "compare", asdict(options) | {"learning_rates": compared.sweep.rates})
+        run.write_json(DIGEST, compared.digest)
+    elif run.read_json(DIGEST) != compared.digest:
+        raise ValueError(
+            f"the rows, the model or the recipe that {run.path} was started with have changed: its runs can't be "
+            "averaged with new ones. Compare again in a new folder"
+        )
     disable_progress_bar()
     start = compared.start
     if start is None:

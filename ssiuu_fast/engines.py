@@ -93,9 +93,7 @@ def refuse_several_processes(process_group=None) -> None:
         return
     world = torch.distributed.get_world_size(process_group)
     if world > 1:
-        raise ValueError(
-            f"the process group has {world} ranks: this works in one process only"
-        )
+        raise ValueError(f"the process group has {world} ranks: this works in one process only")
 
 
 def refuse_partitioned(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> None:

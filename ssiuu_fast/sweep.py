@@ -20,7 +20,7 @@ class Job:
 
     @property
     def file(self) -> str:
-        name = f"{self.label}-{self.learning_rate:g}-{self.seed}"
+        name = f"{self.label}-{self.learning_rate!r}-{self.seed}"
         return name if self.what == "unlearn" else f"{name}.attacks"
 
     @property

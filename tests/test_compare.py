@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -211,6 +212,11 @@ def test_the_command_and_going_on_with_it(here, taught_folder, tmp_path, monkeyp
     (folder / "table.md").unlink()
     assert main(["compare", "--resume", str(folder)]) == 0
     assert (folder / "table.md").read_text() == table
+    # runs on other rows are not averaged with these
+    other = replace(small_task(), instructions=small_task().instructions[:-1])
+    monkeypatch.setattr(compare_setting, "people_task", lambda instructions: other)
+    assert main(["compare", "--resume", str(folder)]) == 1
+    assert "was started with have changed" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -229,13 +235,16 @@ def own(files, model, **options) -> CompareOptions:
     return CompareOptions(methods="ga,gd", model=str(model), forget=files["forget"], retain=files["retain"], **options)
 
 
-def test_your_own_rows_and_model(files, taught_folder):
-    found = compare_setting.setting(own(files, taught_folder, utility=files["test"], max_length=100, seeds=2))
+def test_your_own_rows_and_model(files, taught_folder, tmp_path):
+    elsewhere = shutil.copytree(taught_folder, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("teaching.json"))
+    found = compare_setting.setting(own(files, elsewhere, utility=files["test"], max_length=100, seeds=2))
     assert (len(found.task.split.forget), len(found.task.utility)) == (30, len(small_task().split.test))
     assert found.task.split.test == found.task.split.retain
     assert "RS is on the retain rows" in found.notes[0]
-    assert (found.start, found.recipe.teaching_rate, found.recipe.max_positions) == (str(taught_folder), 1e-5, 100)
+    assert (found.start, found.recipe.teaching_rate, found.recipe.max_positions) == (str(elsewhere), 1e-5, 100)
     assert (found.sweep.rates[0], found.sweep.rates[-1]) == (1e-8, 1e-4)
+    # a model that says at what rate it was taught is attacked at that
+    assert compare_setting.setting(own(files, taught_folder)).recipe.teaching_rate == 5e-3
     noted = compare_setting.setting(own(files, taught_folder, taught_at=2e-3, test=files["test"], threshold=0.25))
     assert (noted.sweep.rates[-1], noted.task.threshold, noted.notes) == (2e-2, 0.25, [])
 

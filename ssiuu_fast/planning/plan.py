@@ -122,8 +122,7 @@ class Plan:
             notes.append("neurons with micro-batches are compared sample by sample: reference=initial")
         if self.options.gpus > 1:
             notes.append(
-                f"{self.options.gpus} GPUs are an estimate by formulas, not measured. "
-                "'fits' is of the sharded form"
+                f"{self.options.gpus} GPUs are an estimate by formulas, not measured. 'fits' is of the sharded form"
             )
         return "\n".join(notes)
 
