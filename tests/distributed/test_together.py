@@ -67,6 +67,39 @@ def test_no_parameter_in_the_graph_of_one_rank(two_ranks, engine):
     assert one[1].startswith("on rank 0: 0 of 14")
 
 
+def used_on_one_rank(rank, fill):
+    """Rank 0's rows go through block 0, rank 1's through block 1."""
+    run = Run(Case(engine="fsdp2", route=True, wrapper={"fill": fill}), rank)
+    log_probs = log_probs_of(run.model, run.share(rows_of(0, run.case))[0])
+    said = caught(lambda: run.regularizer.backward(log_probs))
+    assert run.regularizer.state_dict()["step"] == (said is None)
+    return said
+
+
+def test_a_parameter_in_the_graph_of_one_rank_only(two_ranks):
+    """FSDP2 would add the gradient of one block to the other's."""
+    for kind, message in two_ranks(used_on_one_rank, False):
+        assert kind == "ValueError"
+        assert message.startswith("blocks.0.weight is in the graph on 1 of 2 ranks, and 2 parameters in all")
+        assert "set_reduce_scatter_unused_params(True)" in message
+    assert two_ranks(used_on_one_rank, True) == [None, None]
+
+
+def other_torch(rank):
+    from ssiuu_fast import sharded
+
+    model = shard(make_model(Case()))
+    del sharded.parameter_groups(model)[0].reduce_grads
+    return caught(lambda: SSIUURegularizer(model))
+
+
+def test_private_parts_that_are_not_there(two_ranks):
+    for kind, message in two_ranks(other_torch):
+        assert kind == "RuntimeError"
+        assert message.startswith(f"FSDPParamGroup of torch {torch.__version__} has no reduce_grads")
+        assert "as they are in torch 2.13" in message
+
+
 def empty_share(rank, engine):
     run = Run(Case(engine=engine, options={"reference": "initial"}), rank)
     if engine == "ddp":
