@@ -180,8 +180,8 @@ def refuse_unless_together(with_batch: int, ranks: Ranks, expected: int) -> None
     """with_batch: how many ranks have a batch where all must, or none."""
     if with_batch != expected:
         raise ValueError(
-            f"set_reference or backward was given one more batch on {with_batch} of {ranks.size} ranks: under FSDP2 every "
-            "rank needs as many batches as the others, which may be of different sizes"
+            f"set_reference or backward was given one more batch on {with_batch} of {ranks.size} ranks: under FSDP2 "
+            "every rank needs as many batches as the others, which may be of different sizes"
         )
 
 

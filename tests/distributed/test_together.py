@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rank_runs import Case, Run, make_model, rows_of, shard
-from tiny import log_probs_of, tiny_llama
+from tiny import log_probs_of, part, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer
@@ -98,6 +98,36 @@ def test_private_parts_that_are_not_there(two_ranks):
         assert kind == "RuntimeError"
         assert message.startswith(f"FSDPParamGroup of torch {torch.__version__} has no reduce_grads")
         assert "as they are in torch 2.13" in message
+
+
+def plain_model_calibrated(rank, averaged):
+    """The loop averages .grad over the ranks itself, before after_backward or after it."""
+    model = tiny_llama(torch.float64)
+    regularizer = SSIUURegularizer(model, relative_weight=3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for number in range(7):
+        rows = part(rows_of(number, Case()), rank * 3, rank * 3 + 3)
+        log_probs = log_probs_of(model, rows)
+        regularizer.backward(log_probs)
+        log_probs.sum().backward()
+        if not averaged:
+            return caught(regularizer.after_backward)
+        for p in model.parameters():
+            torch.distributed.all_reduce(p.grad)
+            p.grad.div_(2)
+        regularizer.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return regularizer.weight
+
+
+def test_calibration_before_the_loop_averages(two_ranks):
+    zero, one = two_ranks(plain_model_calibrated, True)
+    assert zero == one > 0
+    zero, one = two_ranks(plain_model_calibrated, False)
+    assert zero == one
+    assert zero[0] == "ValueError"
+    assert "call after_backward after the loop has averaged .grad over the ranks" in zero[1]
 
 
 def empty_share(rank, engine):
