@@ -8,7 +8,7 @@ import torch
 from ssiuu_fast.ranks import Ranks
 
 # what an error of another rank may be raised as; any other is a RuntimeError
-_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, FloatingPointError)}
+_KINDS = {kind.__name__: kind for kind in (ValueError, TypeError, FloatingPointError, FileNotFoundError, OSError)}
 
 
 class Agreement:
@@ -51,11 +51,16 @@ class Agreement:
         told = torch.tensor([int(error is not None), *numbers], dtype=torch.int64, device=self.ranks.numbers_device)
         failed, *sums = self.ranks.sum_(told).tolist()
         if failed:
-            said = self.ranks.gather(None if error is None else (type(error).__name__, str(error)))
+            said = self.ranks.gather(None if error is None else (_kind(error), str(error)))
             if error is None:
                 rank, (kind, message) = next((rank, what) for rank, what in enumerate(said) if what is not None)
                 raise _ElsewhereError(_KINDS.get(kind, RuntimeError)(f"on rank {rank}: {message}"))
         return sums
+
+
+def _kind(error: Exception) -> str:
+    """The name of the nearest class that others can raise."""
+    return next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), RuntimeError.__name__)
 
 
 class _ElsewhereError(Exception):

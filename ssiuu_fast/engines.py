@@ -261,6 +261,11 @@ def _remedy(message: str) -> str | None:
     return None
 
 
+def leaves(tensor: Tensor) -> set[int]:
+    """The ids of the tensors that are leaves of the graph."""
+    return {id(node.variable) for node in _nodes(tensor) if hasattr(node, "variable")}
+
+
 def has_leaf(tensor: Tensor, sought: set[int]) -> bool:
     """Whether one of the tensors with these ids is a leaf of the graph."""
     return any(id(getattr(node, "variable", None)) in sought for node in _nodes(tensor))

@@ -1,6 +1,7 @@
 """The penalty at the grain of parameters: every scalar of a weight is a feature with an attribution of its own."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from ssiuu_fast.replicated import Replicated
 from ssiuu_fast.selection import NamedParameters, select_parameters
 from ssiuu_fast.step import MicroBatch, StepResult, summed
 from ssiuu_fast.warn import warn_user
+
+if TYPE_CHECKING:
+    from ssiuu_fast.sharded import Sharded
 
 
 class ParameterGrain:
@@ -167,7 +171,8 @@ class ParameterGrain:
             **({} if places is None else {"places": places}),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def prepared(self, state: dict) -> Callable[[], None]:
+        """What takes up a saved state, which can't fail any more. ValueError for one that doesn't fit."""
         saved, samples = required(state, "references"), required(state, "reference_samples")
         if state.get("places") != self.places():
             raise ValueError(
@@ -177,8 +182,12 @@ class ParameterGrain:
         references = None
         if saved is not None:
             references = References(from_flat_state(self._local(), self._state_dtype, saved), samples)
-        self._references = references
-        self._change = ChangeWatch()
+
+        def take_up() -> None:
+            self._references = references
+            self._change = ChangeWatch()
+
+        return take_up
 
     def _local(self) -> dict[str, Tensor]:
         """What of each parameter lies on this rank."""
@@ -229,7 +238,7 @@ class ParameterStep:
 
 def _engine(
     model_or_named_parameters, patterns: Iterable[str] | None, process_group
-) -> tuple[NamedParameters, Replicated]:
+) -> tuple[NamedParameters, "Replicated | Sharded"]:
     """The selected parameters, and how the gradient of the target is had for them."""
     ddp, model = None, None
     if isinstance(model_or_named_parameters, nn.Module):

@@ -1,5 +1,8 @@
 """The stored attributions that today's are compared with: one tensor a regularised parameter."""
 
+import math
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +52,28 @@ def required(state: dict, key: str):
     if key not in state:
         raise ValueError(f"the saved state has no {key!r}: give what state_dict() of a regulariser returned")
     return state[key]
+
+
+def refuse_damaged(state: dict) -> None:
+    """Raises ValueError where a number or list of a saved state is something else."""
+    fine = {
+        "settings": lambda value: isinstance(value, dict),
+        "step": _is_count,
+        "weight": lambda value: value is None or _is_number(value),
+        "ratios": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+        "reference_samples": lambda value: value is None or _is_count(value),
+    }
+    for key, is_fine in fine.items():
+        if key in state and not is_fine(state[key]):
+            raise ValueError(f"the saved state is damaged: its {key!r} is {state[key]!r}")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 0
 
 
 def refuse_state_dtype(dtype: StateDtype, parameters: NamedParameters) -> None:

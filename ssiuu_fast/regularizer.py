@@ -1,6 +1,7 @@
 """The Ssiuu penalty in anybody's training loop."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 from torch import Tensor, nn
 
@@ -9,10 +10,10 @@ from ssiuu_fast.calibration import Calibration
 from ssiuu_fast.neuron_grain import NeuronGrain
 from ssiuu_fast.neuron_step import NeuronStep
 from ssiuu_fast.parameter_grain import ParameterGrain, ParameterStep
-from ssiuu_fast.references import StateDtype, required, state_dtype_name
+from ssiuu_fast.references import StateDtype, refuse_damaged, required, state_dtype_name
 from ssiuu_fast.regularizer_options import refuse_options
 from ssiuu_fast.share import ShareWatch
-from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm
+from ssiuu_fast.step import MicroBatch, NonfiniteWatch, StepStatistics, gradient_norm, norm_of_all
 from ssiuu_fast.targets import check_log_probs, reference_item, target_sum
 from ssiuu_fast.warn import warn_user
 
@@ -247,7 +248,10 @@ class SSIUURegularizer:
     def after_backward(self, scale: float = 1.0) -> None:
         """Measures ‖∇L‖ over the regularised parameters until λ is fixed; then does nothing. relative_weight only.
 
-        Once a step, after the last loss.backward() and before clipping. scale: as given to `backward`.
+        Once a step and on every rank, after the last loss.backward() and, where the loop itself averages `.grad` over
+        the ranks (a plain model), after that; before clipping. scale: as given to `backward`.
+
+        Raises ValueError, on all ranks, where their gradients differ.
         """
         if self.relative_weight is None:
             raise RuntimeError("after_backward is only for relative_weight: a literal weight needs no measuring")
@@ -259,7 +263,8 @@ class SSIUURegularizer:
             # what differs is rounding
             return
         last = self._last_step
-        loss_norm = gradient_norm(self.regularized_parameters, self._grain.shards) / scale
+        norm = gradient_norm(self.regularized_parameters, self._grain.shards)
+        loss_norm = norm_of_all(norm, self.agreement.ranks) / scale
         self._calibration.see(last.penalty, last.penalty_gradient_norm, loss_norm)
         self.weight = self._calibration.weight()
         if self.weight is not None and not self._grain.knows_share:
@@ -289,11 +294,6 @@ class SSIUURegularizer:
     def agreement(self) -> Agreement:
         """What the ranks tell each other before a step changes anything."""
         return self._grain.agreement
-
-    @property
-    def takes_micro_batches(self) -> bool:
-        """Whether a step may be given in several calls, all but one with last=False."""
-        return self.granularity == "parameter" or self.reference == "initial"
 
     @property
     def step_was_skipped(self) -> bool:
@@ -338,20 +338,35 @@ class SSIUURegularizer:
             **self._grain.state_dict(),
         }
 
+    def places(self) -> dict[str, dict[str, list[int]]] | None:
+        """Where this rank's shard of each parameter lies, as `state_dict` says under "places"; None for whole ones."""
+        return self._grain.places() if self.granularity == "parameter" else None
+
     def load_state_dict(self, state: dict) -> None:
         """Takes up a saved state. One of other settings or parameters raises ValueError and changes nothing."""
+        self.prepared(state)()
+
+    def prepared(self, state: dict) -> Callable[[], None]:
+        """load_state_dict in two parts, for ranks that first see that all can: this one checks, its result takes up."""
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"state version {state.get('version')!r} can't be read: this package writes {STATE_VERSION}"
             )
+        refuse_damaged(state)
         settings = required(state, "settings")
         for name, ours in self._settings().items():
             saved = settings.get(name)
             if saved != ours:
                 raise ValueError(f"the saved state has {name}={saved!r}, this regulariser {name}={ours!r}")
         step, weight, ratios = (required(state, key) for key in ("step", "weight", "ratios"))
-        self._grain.load_state_dict(state)
-        self._start(step, weight, ratios)
+        whole = self.granularity == "parameter"
+        of_grain = self._grain.prepared(state) if whole else partial(self._grain.load_state_dict, state)
+
+        def take_up() -> None:
+            of_grain()
+            self._start(step, weight, ratios)
+
+        return take_up
 
     def _start(self, step: int, weight: float | None, ratios: list[float]) -> None:
         """Between two steps, at the beginning or where a saved run was left."""

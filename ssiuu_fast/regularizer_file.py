@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +47,8 @@ def save_regularizer(regularizer: SSIUURegularizer, folder: str | Path) -> None:
         if agreement.ranks.rank == 0:
             files = {names[held.index(place)]: place for place in held}
             _write_json({**rest, "files": files}, folder / FILE)
-            for old in folder.glob("regularizer-*.safetensors"):
+            # a save that was killed has left its .part
+            for old in folder.glob("regularizer-*.safetensors*"):
                 if old.name not in files:
                     old.unlink()
         agreement.sums()
@@ -63,10 +65,11 @@ def load_regularizer(regularizer: SSIUURegularizer, folder: str | Path) -> None:
     """
     folder, agreement = Path(folder), regularizer.agreement
     with agreement.errors_together():
-        state = _read_state(folder, regularizer.state_dict().get("places"))
-        # nothing is changed anywhere before all have read theirs
+        take_up = regularizer.prepared(_read_state(folder, regularizer.places()))
+        # nothing is changed anywhere before all have read and checked theirs
         agreement.sums()
-        regularizer.load_state_dict(state)
+        take_up()
+        agreement.sums()
 
 
 def _parted(state: dict) -> tuple[dict[str, Tensor], dict]:
@@ -121,8 +124,36 @@ def _read_state(folder: Path, places: dict[str, Place] | None) -> dict:
         files, has_references = state.pop("files"), state.pop("has_references")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of another kind ({error!r})") from error
-    state["references"] = _Pieces(folder, files).assembled(places) if has_references else None
+    if not isinstance(has_references, bool) or not _are_files(files):
+        raise ValueError(f"{path} is damaged: its 'files' or 'has_references' is not what was written")
+    references = _Pieces(folder, files).assembled(places)
+    if references and not has_references:
+        raise ValueError(f"{path} is damaged: it says that there are no references, and its files hold some")
+    state["references"] = references if has_references else None
     return state if places is None else {**state, "places": places}
+
+
+def _are_files(files) -> bool:
+    """Whether these are names of files, with the places of what each holds, or None for whole tensors."""
+    return (
+        isinstance(files, dict)
+        and len(files) > 0
+        and all(re.fullmatch(r"regularizer-\w+-\d+\.safetensors", name) for name in files)
+        and all(
+            places is None or (isinstance(places, dict) and all(map(_is_place, places.values())))
+            for places in files.values()
+        )
+    )
+
+
+def _is_place(place) -> bool:
+    if not isinstance(place, dict) or place.keys() != {"shape", "first", "size"}:
+        return False
+    lists = list(place.values())
+    return all(
+        isinstance(numbers, list) and len(numbers) == len(lists[0]) and all(type(number) is int for number in numbers)
+        for numbers in lists
+    )
 
 
 class _Pieces:

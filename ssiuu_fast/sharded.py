@@ -16,6 +16,11 @@ from ssiuu_fast.replicated import Gradients
 from ssiuu_fast.selection import NamedParameters
 from ssiuu_fast.step import MicroBatch
 
+# FSDP2's private parts, and where they were seen to be what they are taken for
+_TESTED = "2.13"
+_GROUP_PARTS = ("fsdp_params", "mesh_info", "gradient_divide_factor", "reduce_grads", "all_reduce_grads")
+_PARAMETER_PARTS = ("sharded_param", "unsharded_accumulated_grad")
+
 
 def is_sharded(model) -> bool:
     """Whether it is a model to some module of which `fully_shard` was applied."""
@@ -37,10 +42,12 @@ class Sharded:
         self._all = [gathered.get(id(parameter), parameter) for parameter in model.parameters()]
         self._parameters = list(parameters.values())
         self.ranks, self.shards = ranks_of(self._groups, parameters, process_group)
+        self._names = [name for name, _ in model.named_parameters()]
         sharded = {id(p.sharded_param): p for p in self._managed()}
         self._sharded = [sharded[id(parameter)] for parameter in self._parameters]
-        # whether a rank still has a batch, and the number of samples. Every pass is one of all ranks
-        self.agreement = Agreement(self.ranks, 2, lambda last: True)
+        # whether a rank still has a batch, the number of samples, and who has which parameter in its graph. Every pass
+        # is one of all ranks
+        self.agreement = Agreement(self.ranks, 2 + len(self._all), lambda last: True)
 
     def local(self) -> list[Tensor]:
         """This rank's shard of each parameter; it may be empty."""
@@ -62,7 +69,7 @@ class Sharded:
         """As step_gradients, freeing each graph. ValueError where a rank has fewer batches than another."""
         for batch in batches:
             yield self._gradients(batch, 1.0, retain_graph=False)
-        refuse_unless_together(self.agreement.sums([0, 0])[0], self.ranks, expected=0)
+        refuse_unless_together(self.agreement.sums()[0], self.ranks, expected=0)
 
     def complete_pass(self, sums: list[Tensor], samples: int) -> int:
         """They were summed on the way."""
@@ -81,9 +88,10 @@ class Sharded:
     def _gradients(self, batch: MicroBatch, scale: float, retain_graph: bool) -> tuple[Gradients, int]:
         self._refuse_unsynchronised()
         factor = divide_factor(self._groups, self.ranks)
-        self._refuse_other_graph(batch.target)
-        with_batch, samples = self.agreement.sums([1, batch.samples])
+        used = self._used(batch.target)
+        with_batch, samples, *users = self.agreement.sums([1, batch.samples, *used])
         refuse_unless_together(with_batch, self.ranks, expected=self.ranks.size)
+        self._refuse_used_by_some(users)
         return self._backward(batch.target, scale * factor, retain_graph), samples
 
     def _backward(self, target: Tensor, scale: float, retain_graph: bool) -> Gradients:
@@ -119,16 +127,43 @@ class Sharded:
                 "every micro-batch"
             )
 
-    def _refuse_other_graph(self, target: Tensor) -> None:
-        # before the backward pass, in which the other ranks would wait for this one
-        sought = {id(p._unsharded_param) for p in self._sharded if hasattr(p, "_unsharded_param")}
+    def _used(self, target: Tensor) -> list[int]:
+        """1 for each parameter of the model that is in the graph, 0 for the others; RuntimeError where none is sought.
+
+        Before the backward pass, in which the other ranks would wait for this one.
+        """
+        leaves = engines.leaves(target)
+        used = {id(p.sharded_param) for p in self._managed() if id(getattr(p, "_unsharded_param", None)) in leaves}
+        found = sum(id(p.sharded_param) in used for p in self._sharded)
         engines.refuse_missing(
-            target,
-            engines.has_leaf(target, sought) * len(self._parameters),
-            len(self._parameters),
-            "regularised parameters",
-            "wrapped, sharded or frozen",
+            target, found, len(self._parameters), "regularised parameters", "wrapped, sharded or frozen"
         )
+        return [int(id(parameter) in used) for parameter in self._all]
+
+    def _refuse_used_by_some(self, users: list[int]) -> None:
+        """users: on how many ranks each parameter is in the graph. Those outside FSDP2 are on none."""
+        # there zeros are reduced for what has no gradient
+        filled = {
+            id(p.sharded_param)
+            for group in self._groups
+            if getattr(group, "reduce_scatter_unused_params", False)
+            for p in group.fsdp_params
+        }
+        some = [
+            (name, count)
+            for name, parameter, count in zip(self._names, self._all, users, strict=True)
+            if count not in (0, self.ranks.size) and id(parameter) not in filled
+        ]
+        if some:
+            remedy = "let every rank use the same parameters"
+            if hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+                remedy = f"call model.set_reduce_scatter_unused_params(True) after fully_shard, or {remedy}"
+            name, count = some[0]
+            raise ValueError(
+                f"{name} is in the graph on {count} of {self.ranks.size} ranks, and {len(some)} parameters in all on "
+                "some ranks only: FSDP2 sums on each rank what has a gradient there, so that one parameter's would be "
+                f"added to another's, silently, or one rank would wait for ever; {remedy}"
+            )
 
 
 def divide_factor(groups: list, ranks: Ranks) -> float:
@@ -145,8 +180,8 @@ def refuse_unless_together(with_batch: int, ranks: Ranks, expected: int) -> None
     """with_batch: how many ranks have a batch where all must, or none."""
     if with_batch != expected:
         raise ValueError(
-            f"set_reference was given one more batch on {with_batch} of {ranks.size} ranks: under FSDP2 every "
-            "rank needs as many batches as the others, which may be of different sizes"
+            f"set_reference or backward was given one more batch on {with_batch} of {ranks.size} ranks: under FSDP2 "
+            "every rank needs as many batches as the others, which may be of different sizes"
         )
 
 
@@ -157,9 +192,31 @@ def _unreduced(parameter) -> bool:
 
 
 def parameter_groups(model: nn.Module) -> list:
-    """What FSDP2 gathers and reduces together, of all modules that fully_shard was applied to."""
-    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
-    return [group for state in states for group in _groups_of_state(state)]
+    """What FSDP2 gathers and reduces together, of all modules that fully_shard was applied to.
+
+    RuntimeError where this torch has other private parts than those that this package works with.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    _refuse_other_parts(modules, "_get_fsdp_state")
+    states = [module._get_fsdp_state() for module in modules]
+    _refuse_other_parts(states, "_state_ctx")
+    _refuse_other_parts([state._state_ctx for state in states], "is_last_backward")
+    groups = [group for state in states for group in _groups_of_state(state)]
+    _refuse_other_parts(groups, *_GROUP_PARTS)
+    _refuse_other_parts([group.mesh_info for group in groups], "mesh")
+    _refuse_other_parts([parameter for group in groups for parameter in group.fsdp_params], *_PARAMETER_PARTS)
+    return groups
+
+
+def _refuse_other_parts(objects: list, *names: str) -> None:
+    for thing in objects:
+        for name in names:
+            if not hasattr(thing, name):
+                raise RuntimeError(
+                    f"{type(thing).__name__} of torch {torch.__version__} has no {name}: this package works with "
+                    f"private parts of FSDP2, as they are in torch {_TESTED}; use that, or "
+                    "DistributedDataParallel"
+                )
 
 
 def ranks_of(groups: list, parameters: NamedParameters, process_group) -> tuple[Ranks, Ranks]:
@@ -170,6 +227,7 @@ def ranks_of(groups: list, parameters: NamedParameters, process_group) -> tuple[
 def _groups_of_state(state) -> list:
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
+    _refuse_other_parts([state], "_fsdp_param_group")
     return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 

@@ -161,6 +161,21 @@ def summed(result: StepResult, ranks: Ranks, shards: Ranks) -> StepResult:
     )
 
 
+# ranks with the same gradients differ by less
+SAME = 1e-3
+
+
+def norm_of_all(norm: float, ranks: Ranks) -> float:
+    """The norm that every rank has, the same bits on all. ValueError where theirs differ: .grad isn't averaged yet."""
+    norms = ranks.gather(norm)
+    if max(norms) - min(norms) > SAME * max(norms):
+        raise ValueError(
+            f"the loss's gradient has another norm on each rank, {min(norms):.4g} to {max(norms):.4g}: call "
+            "after_backward after the loop has averaged .grad over the ranks"
+        )
+    return sum(norms) / len(norms)
+
+
 def gradient_norm(parameters: Iterable[nn.Parameter], shards: Ranks) -> float:
     """Euclidean norm of the `.grad` of all parameters, each summed in fp32; 0 where there is none.
 

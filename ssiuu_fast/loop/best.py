@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.ranks import Ranks, local_part
 
 try:
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -43,7 +43,7 @@ class BestWeights:
         if score < self.score:
             self.score, self.step, self.epoch = score, step, epoch
             self._kept = {
-                name: _local(tensor).detach().to("cpu", copy=True)
+                name: local_part(tensor).detach().to("cpu", copy=True)
                 for name, tensor in self._live.items()
                 if self._keeps(tensor)
             }
@@ -55,7 +55,7 @@ class BestWeights:
             return
         for name, tensor in self._live.items():
             if self._keeps(tensor):
-                _local(tensor).copy_(self._kept[name])
+                local_part(tensor).copy_(self._kept[name])
             if self._ranks.size > 1 and not isinstance(tensor, DTensor):
                 dist.broadcast(tensor.data, src=0, group=self._ranks.group)
 
@@ -101,7 +101,3 @@ class BestWeights:
 
     def _keeps(self, tensor: Tensor) -> bool:
         return isinstance(tensor, DTensor) or self._ranks.rank == 0
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

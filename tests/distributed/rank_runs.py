@@ -65,7 +65,7 @@ def make_model(case):
     return model
 
 
-def shard(model, mesh_shape=None, offload=False, **options):
+def shard(model, mesh_shape=None, offload=False, fill=True, **options):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
@@ -77,7 +77,7 @@ def shard(model, mesh_shape=None, offload=False, **options):
     for block in [] if isinstance(model, Routed) else model.model.layers:
         fully_shard(block, **options)
     fully_shard(model, **options)
-    if isinstance(model, Routed):
+    if isinstance(model, Routed) and fill:
         model.set_reduce_scatter_unused_params(True)
     return model
 

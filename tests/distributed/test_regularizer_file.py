@@ -98,6 +98,85 @@ def test_damaged_and_other_states(tmp_path):
     assert fresh.state_dict()["step"] == 1
 
 
+def damages(content):
+    """Contents of regularizer.json that were never written, by what is wrong with them."""
+    (file,) = content["files"]
+    for key, value in (
+        ("files", [file]),
+        ("files", {}),
+        ("files", {file: 3}),
+        ("files", {file: {"0.weight": {"size": [8, 8]}}}),
+        ("files", {f"../{file}": None}),
+        ("has_references", False),
+        ("has_references", "yes"),
+        ("settings", []),
+        ("step", "7"),
+        ("weight", "7"),
+        ("ratios", None),
+        ("reference_samples", "x"),
+    ):
+        yield content | {key: value}
+
+
+def test_a_damaged_json_is_a_value_error_and_changes_nothing(tmp_path):
+    run = Run(Case())
+    run.step(0)
+    save_regularizer(run.regularizer, tmp_path)
+    fresh = SSIUURegularizer(run.inner, weight=WEIGHT)
+    path = tmp_path / "regularizer.json"
+    for damaged in damages(json.loads(path.read_text())):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match="is damaged"):
+            load_regularizer(fresh, tmp_path)
+        assert fresh.state_dict()["references"] is None
+
+
+def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
+    run = Run(Case())
+    run.step(0)
+    (tmp_path / "regularizer-0123456789ab-00000.safetensors.part").touch()
+    (tmp_path / "regularizer-0123456789ab-00000.safetensors").touch()
+    save_regularizer(run.regularizer, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_state_is_loaded_between_micro_batches(tmp_path):
+    run = Run(Case())
+    run.step(0)
+    save_regularizer(run.regularizer, tmp_path)
+    run.regularizer.backward(log_probs_of(run.model, rows_of(1, run.case)), last=False)
+    load_regularizer(run.regularizer, tmp_path)
+    assert run.regularizer.state_dict()["step"] == 1
+
+
+def refused_on_one_rank(rank, engine, folder):
+    """Rank 1's regulariser has other options than what was saved, or there is nothing to load."""
+    run = Run(Case(engine=engine), rank)
+    other = Run(Case(engine=engine, options={"every": 1 + rank}), rank).regularizer
+    said = []
+    for place in (folder, folder / "none"):
+        if place == folder:
+            run.step(0)
+            save_regularizer(run.regularizer, folder)
+        try:
+            load_regularizer(other, place)
+        except Exception as error:
+            said.append((type(error).__name__, str(error)))
+        assert other.state_dict()["step"] == 0
+        assert other.state_dict()["references"] is None
+    # nobody waits
+    return said, run.regularizer.agreement.ranks.gather(rank)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_state_that_one_rank_refuses_changes_none(two_ranks, tmp_path, engine):
+    (zero, ranks), (one, same) = two_ranks(refused_on_one_rank, engine, tmp_path)
+    assert ranks == same == [0, 1]
+    assert [kind for kind, _ in zero] == [kind for kind, _ in one] == ["ValueError", "FileNotFoundError"]
+    assert zero[0][1] == "on rank 1: " + one[0][1]
+    assert "every=1, this regulariser every=2" in one[0][1]
+
+
 def test_a_save_that_fails_leaves_the_one_before_it(tmp_path, monkeypatch):
     run = Run(Case())
     run.step(0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rank_runs import Case, Run, make_model, rows_of, shard
-from tiny import log_probs_of, tiny_llama
+from tiny import log_probs_of, part, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer
@@ -65,6 +65,69 @@ def test_no_parameter_in_the_graph_of_one_rank(two_ranks, engine):
     assert zero[0] == one[0] == "RuntimeError"
     assert "0 of 14 regularised parameters are in this graph" in zero[1]
     assert one[1].startswith("on rank 0: 0 of 14")
+
+
+def used_on_one_rank(rank, fill):
+    """Rank 0's rows go through block 0, rank 1's through block 1."""
+    run = Run(Case(engine="fsdp2", route=True, wrapper={"fill": fill}), rank)
+    log_probs = log_probs_of(run.model, run.share(rows_of(0, run.case))[0])
+    said = caught(lambda: run.regularizer.backward(log_probs))
+    assert run.regularizer.state_dict()["step"] == (said is None)
+    return said
+
+
+def test_a_parameter_in_the_graph_of_one_rank_only(two_ranks):
+    """FSDP2 would add the gradient of one block to the other's."""
+    for kind, message in two_ranks(used_on_one_rank, False):
+        assert kind == "ValueError"
+        assert message.startswith("blocks.0.weight is in the graph on 1 of 2 ranks, and 2 parameters in all")
+        assert "set_reduce_scatter_unused_params(True)" in message
+    assert two_ranks(used_on_one_rank, True) == [None, None]
+
+
+def other_torch(rank):
+    from ssiuu_fast import sharded
+
+    model = shard(make_model(Case()))
+    del sharded.parameter_groups(model)[0].reduce_grads
+    return caught(lambda: SSIUURegularizer(model))
+
+
+def test_private_parts_that_are_not_there(two_ranks):
+    for kind, message in two_ranks(other_torch):
+        assert kind == "RuntimeError"
+        assert message.startswith(f"FSDPParamGroup of torch {torch.__version__} has no reduce_grads")
+        assert "as they are in torch 2.13" in message
+
+
+def plain_model_calibrated(rank, averaged):
+    """The loop averages .grad over the ranks itself, before after_backward or after it."""
+    model = tiny_llama(torch.float64)
+    regularizer = SSIUURegularizer(model, relative_weight=3.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for number in range(7):
+        rows = part(rows_of(number, Case()), rank * 3, rank * 3 + 3)
+        log_probs = log_probs_of(model, rows)
+        regularizer.backward(log_probs)
+        log_probs.sum().backward()
+        if not averaged:
+            return caught(regularizer.after_backward)
+        for p in model.parameters():
+            torch.distributed.all_reduce(p.grad)
+            p.grad.div_(2)
+        regularizer.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return regularizer.weight
+
+
+def test_calibration_before_the_loop_averages(two_ranks):
+    zero, one = two_ranks(plain_model_calibrated, True)
+    assert zero == one > 0
+    zero, one = two_ranks(plain_model_calibrated, False)
+    assert zero == one
+    assert zero[0] == "ValueError"
+    assert "call after_backward after the loop has averaged .grad over the ranks" in zero[1]
 
 
 def empty_share(rank, engine):
