@@ -230,9 +230,15 @@ def default_device(name: str | None = None) -> torch.device:
 def save(model, tokenizer, folder) -> None:
     """Write model (safetensors) and tokenizer as an ordinary Hugging Face folder, for `load` or from_pretrained.
 
-    Of a model with adapters, the adapters alone are written, as PEFT reads them.
+    Of a model with adapters, the adapters alone are written, as PEFT reads them. Raises ValueError, before anything is
+    written, for a folder that has a model where adapters are to be saved, or the other way round: neither could be
+    loaded from it.
     """
     folder = Path(folder)
+    adapted = adapters.is_adapted(model)
+    if adapters.holds_model(folder) if adapted else (folder / adapters.CONFIG).exists():
+        what, other = ("an adapter", "a model") if adapted else ("a model", "an adapter")
+        raise ValueError(f"{folder} holds {other}, and {what} can't be saved beside it: name another folder")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
