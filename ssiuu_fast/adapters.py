@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ssiuu_fast.selection import linear_modules, select_modules
@@ -82,15 +83,20 @@ def merged(model: nn.Module) -> nn.Module:
 def find_adapter(name: str | Path) -> Path | None:
     """The folder of an adapter, None where this is the name of something else.
 
-    A folder is one where it has adapter_config.json and no model of its own. A hub name is one where the repository
-    has that file; of it only the adapter and its tokenizer are fetched.
+    A folder is one where it has adapter_config.json. A hub name is one where the repository has that file; of it only
+    the adapter and its tokenizer are fetched. Raises ValueError for a folder that holds a model beside the adapter:
+    which of the two, or whether both, is meant isn't known.
     """
     folder = Path(name)
     if folder.is_dir():
-        has_model = (folder / "config.json").exists() and any(
-            not file.name.startswith("adapter_") for file in folder.glob("*.safetensors")
-        )
-        return folder if (folder / CONFIG).exists() and not has_model else None
+        if not (folder / CONFIG).exists():
+            return None
+        if holds_model(folder):
+            raise ValueError(
+                f"{folder} holds both a model (config.json) and an adapter ({CONFIG}): move one of them, with its "
+                "*.safetensors, to a folder of its own"
+            )
+        return folder
     if folder.exists() or folder.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1:
         return None
     from huggingface_hub import snapshot_download
@@ -99,6 +105,13 @@ def find_adapter(name: str | Path) -> Path | None:
     if find_adapter_config_file(str(name)) is None:
         return None
     return Path(snapshot_download(str(name), allow_patterns=_FILES))
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a folder has a model's config and weights, whatever adapter lies beside them."""
+    return (folder / "config.json").exists() and any(
+        not file.name.startswith("adapter_") for file in folder.glob("*.safetensors")
+    )
 
 
 def base_name(adapter: Path) -> str:
@@ -136,7 +149,8 @@ def base_name(adapter: Path) -> str:
 def attach(model: nn.Module, adapter: Path) -> nn.Module:
     """The model with this adapter, whose weights require grad, on it; the model itself frozen.
 
-    Raises ValueError where the adapter is of another model, ImportError without peft.
+    Raises ValueError where the adapter is of another model, ImportError without peft; running out of memory is left to
+    the caller.
     """
     (PeftModel,) = _peft("PeftModel")
     try:
@@ -144,6 +158,8 @@ def attach(model: nn.Module, adapter: Path) -> nn.Module:
             # else only a warning: half of an adapter
             warnings.filterwarnings("error", message="Found missing adapter keys")
             return PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError too, but the adapter's fault least of all
     except (ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"{adapter} can't be put on its base model, is it of another one? ({said[:300]})") from error

@@ -231,9 +231,14 @@ def save(model, tokenizer, folder, weights: dict | None = None) -> None:
     """Write model (safetensors) and tokenizer as an ordinary Hugging Face folder, for `load` or from_pretrained.
 
     Of a model with adapters, the adapters alone are written, as PEFT reads them. weights: the whole state dict of a
-    sharded model.
+    sharded model. Raises ValueError, before anything is written, for a folder that has a model where adapters are to be
+    saved, or the other way round: neither could be loaded from it.
     """
     folder = Path(folder)
+    adapted = adapters.is_adapted(model)
+    if adapters.holds_model(folder) if adapted else (folder / adapters.CONFIG).exists():
+        what, other = ("an adapter", "a model") if adapted else ("a model", "an adapter")
+        raise ValueError(f"{folder} holds {other}, and {what} can't be saved beside it: name another folder")
     model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
     tokenizer.save_pretrained(folder)
 

@@ -119,6 +119,35 @@ def test_adapters_of_16_bit_models_are_in_32():
 # folders
 
 
+def test_a_model_and_an_adapter_in_one_folder_are_refused(adapter, base, tmp_path):
+    folder, _ = adapter
+    adapted, tokenizer = models.load(folder)
+    plain, _ = models.load(base)
+    with pytest.raises(ValueError, match="adapter holds an adapter, and a model can't be saved beside it"):
+        models.save(plain, tokenizer, folder)
+    both = tmp_path / "both"
+    shutil.copytree(base, both)
+    with pytest.raises(ValueError, match="both holds a model, and an adapter can't be saved beside it"):
+        models.save(adapted, tokenizer, both)
+    assert not (folder / "config.json").exists() and not (both / "adapter_config.json").exists()
+    # each over its own kind
+    models.save(adapted, tokenizer, folder)
+    models.save(plain, tokenizer, both)
+    shutil.copytree(folder, both, dirs_exist_ok=True)
+    for read in (models.load, models.load_tokenizer, models.base_name):
+        with pytest.raises(ValueError, match=r"both holds both a model \(config.json\) and an adapter"):
+            read(both)
+
+
+def test_out_of_memory_is_not_taken_for_another_base(adapter, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="^out of memory$"):
+        models.load(adapter[0])
+
+
 def test_an_adapter_folder_holds_the_adapter_alone_and_is_read_on_its_base(adapter, base):
     folder, expected = adapter
     saved = load_file(folder / "adapter_model.safetensors")

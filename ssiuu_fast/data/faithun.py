@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssiuu_fast.data.example import Example, Split, require_rows
+from ssiuu_fast.data.example import Example, require_rows
 from ssiuu_fast.data.jsonl import false_options, text
+from ssiuu_fast.warn import warn_user
 
 # the names of a cluster's sets here and in the file
 QUESTIONS = {
@@ -62,8 +63,14 @@ def load_clusters(source) -> list[Cluster]:
 def load_split(source, split: str, questions: str = "base") -> list[Example]:
     """The questions of one kind that belong to the clusters of one split, each once.
 
+    A question beside the base (a multi-hop one above all) may belong to clusters of several splits: it is of the first
+    of forget, retain, test alone, and a UserWarning says how many another split loses thereby. So what is trained on
+    isn't in the test, and what is to be kept isn't in what is to be forgotten.
+
     source: a folder (or hub name) with the JSON file and the split files, in itself or its folder `splits`. split:
     forget, retain or test. questions: base, paraphrase, multi_hop or same_answer; all rows are multiple choice.
+    Raises FileNotFoundError or ValueError for files that are missing or not FaithUn's (for questions beside the base
+    also those of the splits before), and ValueError where no row is left.
     """
     if split not in SPLIT_FILES:
         raise ValueError(f"unknown FaithUn split {split!r}; known: {', '.join(SPLIT_FILES)}")
@@ -71,17 +78,23 @@ def load_split(source, split: str, questions: str = "base") -> list[Example]:
         raise ValueError(f"unknown FaithUn questions {questions!r}; known: {', '.join(QUESTIONS)}")
     folder = _local(source)
     clusters = load_clusters(folder)
-    chosen = [clusters[index] for index in read_split(_split_file(folder, split), len(clusters))]
+
+    def chosen(split: str) -> list[Cluster]:
+        return [clusters[index] for index in read_split(_split_file(folder, split), len(clusters))]
+
     if questions == "base":
-        return [cluster.base for cluster in chosen]
-    rows = list(dict.fromkeys(row for cluster in chosen for row in getattr(cluster, questions)))
+        return [cluster.base for cluster in chosen(split)]
+    before = list(SPLIT_FILES)[: list(SPLIT_FILES).index(split)]
+    theirs = {row for other in before for cluster in chosen(other) for row in getattr(cluster, questions)}
+    found = list(dict.fromkeys(row for cluster in chosen(split) for row in getattr(cluster, questions)))
+    rows = [row for row in found if row not in theirs]
+    if len(rows) < len(found):
+        warn_user(
+            f"{len(found) - len(rows)} of the {len(found)} {questions} questions of FaithUn's {split} split are left "
+            f"out: they also belong to clusters of {' or '.join(before)}"
+        )
     require_rows(rows, f"{questions} questions of FaithUn's {split} split in {source}")
     return rows
-
-
-def load_splits(source) -> Split:
-    """The base questions of the three splits."""
-    return Split(*(load_split(source, split) for split in SPLIT_FILES))
 
 
 def read_split(path, clusters: int) -> list[int]:

@@ -7,11 +7,12 @@ batches, and has the whole result in the end. A rank that calls alone waits for 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
+from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.data.collate import IGNORE, Encoder, collate, length_sorted_indices
 from ssiuu_fast.data.example import Example
 from ssiuu_fast.ops.sequence_log_probs import sequence_log_probs
@@ -25,16 +26,16 @@ Work = Callable[[list[int], list[int]], Sequence]
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module is in the mode it was in, and sharded as it was."""
     training = [module for module in model.modules() if module.training]
-    shards = _shards(model)
+    sharded = shards(model)
     model.eval()
     try:
-        # FSDP2 gathers into buffers that training uses again, and those may not be inference tensors
-        with torch.no_grad() if shards else torch.inference_mode():
+        # not inference_mode: what is kept from a forward pass, as FSDP2 keeps its buffers, is used in training again
+        with torch.no_grad():
             yield
     finally:
         for module in training:
             module.training = True
-        for module in shards:
+        for module in sharded:
             # the root stays gathered after a forward that no backward follows, and would train on stale shards
             module.reshard()
 
@@ -47,14 +48,14 @@ def forward_module(model: nn.Module) -> nn.Module:
     """
     while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    if hasattr(model, "get_base_model") and not _shards(model) and not model.active_peft_config.is_prompt_learning:
+    if hasattr(model, "get_base_model") and not shards(model) and not model.active_peft_config.is_prompt_learning:
         return model.get_base_model()
     return model
 
 
 def in_lockstep(model: nn.Module) -> bool:
     """Whether a forward pass needs all ranks at once, because each has only a shard of the weights."""
-    return bool(_shards(model)) and Ranks().size > 1
+    return bool(shards(model)) and Ranks().size > 1
 
 
 def over_ranks(model: nn.Module, lengths: Sequence[int], batch_size: int, work: Work, bar) -> list:
@@ -62,23 +63,29 @@ def over_ranks(model: nn.Module, lengths: Sequence[int], batch_size: int, work: 
 
     Batches are dealt out in turn, no larger than what gives each rank one. Where ranks go in lock-step, one without a
     batch works on another's and drops the result.
+
+    An error on one rank is raised on all; not in lock-step, where the others are inside a forward pass that can't end.
     """
     ranks = Ranks()
+    agreement = Agreement(ranks)
     lockstep = in_lockstep(model)
     values = [None] * len(lengths)
     batches = list(length_sorted_indices(lengths, min(batch_size, max(1, -(-len(lengths) // ranks.size)))))
     own: list[int] = []
-    for start in range(0, len(batches), ranks.size):
-        together = batches[start : start + ranks.size]
-        rows = [row for batch in together for row in batch]
-        if ranks.rank < len(together):
-            batch = together[ranks.rank]
-            own += batch
-            for row, value in zip(batch, work(batch, rows if lockstep else batch), strict=True):
-                values[row] = value
-        elif lockstep:
-            work(together[-1], rows)
-        bar.update(len(rows))
+    with nullcontext() if lockstep else agreement.errors_together():
+        for start in range(0, len(batches), ranks.size):
+            together = batches[start : start + ranks.size]
+            rows = [row for batch in together for row in batch]
+            if ranks.rank < len(together):
+                batch = together[ranks.rank]
+                own += batch
+                for row, value in zip(batch, work(batch, rows if lockstep else batch), strict=True):
+                    values[row] = value
+            elif lockstep:
+                work(together[-1], rows)
+            bar.update(len(rows))
+        if not lockstep:
+            agreement.sums()
     if batches:
         for found in ranks.gather([(row, values[row]) for row in own]):
             for row, value in found:
@@ -145,7 +152,8 @@ def progress_bar(progress: bool, total: int, what: str):
     return tqdm(total=total, desc=what, unit="row", disable=hidden, leave=False)
 
 
-def _shards(model: nn.Module) -> list[nn.Module]:
+def shards(model: nn.Module) -> list[nn.Module]:
+    """The modules that FSDP2 shards."""
     if not torch.distributed.is_available():
         return []
     from torch.distributed.fsdp import FSDPModule

@@ -1,6 +1,7 @@
 """Greedy answers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -42,8 +43,7 @@ def generate_answers(
             f"a prompt of {max(lengths)} tokens fills the model's {positions} positions: nothing can be generated"
         )
     lockstep = in_lockstep(model)
-    own = model.generation_config
-    ends = _end_ids(own, encoder)
+    ends = _end_ids(model.generation_config, encoder)
     settings = {"eos_token_id": ends, "pad_token_id": encoder.pad_id}
 
     def inputs(rows: Sequence[int]) -> dict:
@@ -61,19 +61,34 @@ def generate_answers(
         texts = output[:, batch["input_ids"].shape[1] :].tolist()
         return [text.strip() for text in encoder.tokenizer.batch_decode(texts, skip_special_tokens=True)]
 
-    with evaluating(model), progress_bar(progress, len(prompts), "answers") as bar:
-        try:
-            # generate() fills every setting we leave open from the model's own: give it none to take
-            model.generation_config = GenerationConfig(**settings)
-            if prompts:
-                # greedy decoding takes NaN for an answer; every rank looks at the same rows, and raises or goes on
-                first = sorted(range(len(prompts)), key=lambda row: -lengths[row])[:batch_size]
-                require_numbers(bool(model(**inputs(first), use_cache=False).logits[:, -1].isfinite().all()))
-            if lockstep:
-                _enter_from_the_root(model)
-            return over_ranks(model, lengths, batch_size, work, bar)
-        finally:
-            model.generation_config = own
+    # generate() fills every setting we leave open from the model's own: give it none to take
+    own = _instead_of_its_own(model, GenerationConfig(**settings))
+    with evaluating(model), own, progress_bar(progress, len(prompts), "answers") as bar:
+        if prompts:
+            # greedy decoding takes NaN for an answer; every rank looks at the same rows, and raises or goes on
+            first = sorted(range(len(prompts)), key=lambda row: -lengths[row])[:batch_size]
+            require_numbers(bool(model(**inputs(first), use_cache=False).logits[:, -1].isfinite().all()))
+        if lockstep:
+            _enter_from_the_root(model)
+        return over_ranks(model, lengths, batch_size, work, bar)
+
+
+@contextmanager
+def _instead_of_its_own(model: nn.Module, settings) -> Iterator[None]:
+    """Generation settings for a while; of a wrapper of PEFT, which hands its own down, also for the model inside."""
+    holders = [model, model.get_base_model()] if hasattr(model, "get_base_model") else [model]
+    before = [vars(holder).get("generation_config") for holder in holders]
+    try:
+        for holder in holders:
+            holder.generation_config = settings
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            if own is None:
+                # a wrapper without its own shows those of the model inside
+                vars(holder).pop("generation_config", None)
+            else:
+                holder.generation_config = own
 
 
 def _enter_from_the_root(model: nn.Module) -> None:

@@ -114,13 +114,14 @@ def exact_memorisation(predicted: Sequence[bool]) -> float:
 def extraction_strength(predicted: Sequence[bool]) -> float:
     """1 − k/n: k of the answer's n tokens must be given for the model to write the rest (arXiv 2406.09179).
 
-    The rest is written greedily, so that k counts up to the last token that isn't predicted (`predicted_tokens`). 0 for
-    a model that needs them all, where OpenUnlearning's code says 1/n.
+    The rest is written greedily, so that k counts up to the last token that isn't predicted (`predicted_tokens`). k is
+    at most n − 1, as in OpenUnlearning's code, whose figures this is compared with: a model that needs all tokens has
+    1/n, not 0. 0 for an answer of the end token alone.
     """
     written = 0
     while written < len(predicted) and predicted[-1 - written]:
         written += 1
-    return written / len(predicted) if predicted else 0.0
+    return max(written, 1) / len(predicted) if predicted else 0.0
 
 
 def _answers(example: Example) -> list[str]:

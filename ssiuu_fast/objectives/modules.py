@@ -1,7 +1,6 @@
 """Which modules an objective looks into and trains, whatever the model is wrapped in."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -119,20 +118,6 @@ class TrainedAlone:
     def release(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._before[name])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode without gradients; afterwards in the modes it had, and sharded as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        reshard(model)
 
 
 def reshard(model: nn.Module) -> None:

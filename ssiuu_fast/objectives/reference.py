@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ssiuu_fast.data.collate import Encoded, collate, length_sorted_indices
+from ssiuu_fast.agreement import Agreement
+from ssiuu_fast.data.collate import Encoded, collate
+from ssiuu_fast.evaluation.forwards import device_of, evaluating, over_ranks, progress_bar, shards
 from ssiuu_fast.objectives.log_probs import answer_log_probs
-from ssiuu_fast.objectives.modules import bare, evaluating, whole
+from ssiuu_fast.objectives.modules import bare, whole
 from ssiuu_fast.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -35,23 +36,30 @@ def reference_log_probs(
 
     Without dropout and gradient, in batches by length, each module afterwards in the mode it had. The model may be
     wrapped (DDP, FSDP2); every rank calls this with the same rows and gets the same numbers. Under autocast call it
-    inside the same context as training.
+    inside the same context as training. What fails on one rank is raised on all (but see `over_ranks`).
 
     Read from cache_dir where an earlier run left them for the same weights, config, token ids, labels (which hold
-    data, template, tokenizer and length limit) and dtype; a file that is damaged or not of this is computed anew.
+    data, template, tokenizer and length limit), active adapters and dtype; a file that is damaged or not of this is
+    computed anew.
     cache_dir None keeps nothing. fingerprint: of `model_fingerprint`, where the caller has it. A description shows a
     progress bar.
     """
     ranks = Ranks()
     fingerprint = fingerprint or model_fingerprint(model)
-    key = _key(fingerprint, rows, _dtype(model))
+    key = _key(fingerprint, rows, f"{_dtype(model)} {_adapters(model)}".rstrip())
     file = None if cache_dir is None else Path(cache_dir) / f"reference-{key}.safetensors"
+    agreement, keeps = Agreement(ranks), file is not None and ranks.rank == 0
+    with agreement.errors_together():
+        found = _read(file, key, len(rows)) if keeps else None
+        agreement.sums()
     # one rank's disk decides for all
-    kept = ranks.gather(_read(file, key, len(rows)) if ranks.rank == 0 and file is not None else None)[0]
+    kept = ranks.gather(found)[0]
     if kept is None:
-        kept = _compute(model, rows, batch_size, ranks, description)
-        if file is not None and ranks.rank == 0:
-            _write(file, key, kept)
+        kept = _compute(model, rows, batch_size, description)
+        with agreement.errors_together():
+            if keeps:
+                _write(file, key, kept)
+            agreement.sums()
     numbers, double = kept
     return torch.tensor(numbers, dtype=torch.float64 if double else torch.float32)
 
@@ -77,23 +85,20 @@ def model_fingerprint(model: nn.Module) -> str:
 _Kept = tuple[list[float], bool]
 
 
-def _compute(model: nn.Module, rows: Sequence[Encoded], batch_size: int, ranks: Ranks, description) -> _Kept:
-    batches = list(length_sorted_indices([len(row.input_ids) for row in rows], batch_size))
-    device = next(model.parameters()).device
-    mine: dict[int, float] = {}
-    double = False
-    with evaluating(model):
-        # sharded models run in all ranks or in none: a rank without a batch of its own repeats one
-        for start in tqdm(range(0, len(batches), ranks.size), desc=description, disable=description is None):
-            indices = batches[min(start + ranks.rank, len(batches) - 1)]
-            batch = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in indices]).items()}
-            log_probs = answer_log_probs(model, batch)
-            double = log_probs.dtype == torch.float64
-            mine |= dict(zip(indices, log_probs.tolist(), strict=True))
-    numbers: dict[int, float] = {}
-    for part in ranks.gather(mine):
-        numbers |= part
-    ordered = [numbers[index] for index in range(len(rows))]
+def _compute(model: nn.Module, rows: Sequence[Encoded], batch_size: int, description: str | None) -> _Kept:
+    # DistributedDataParallel would exchange buffers, which not every rank comes by
+    model = bare(model)
+
+    def work(own: list[int], _) -> list[tuple[float, bool]]:
+        batch = collate([rows[row] for row in own])
+        log_probs = answer_log_probs(model, {name: tensor.to(device_of(model)) for name, tensor in batch.items()})
+        return [(number, log_probs.dtype == torch.float64) for number in log_probs.tolist()]
+
+    lengths = [len(row.input_ids) for row in rows]
+    with evaluating(model), progress_bar(description is not None, len(rows), description) as bar:
+        found = over_ranks(model, lengths, batch_size, work, bar)
+    ordered = [number for number, _ in found]
+    double = any(double for _, double in found)
     broken = [index for index, number in enumerate(ordered) if not math.isfinite(number)]
     if broken:
         raise ValueError(
@@ -111,10 +116,25 @@ def _key(fingerprint: str, rows: Sequence[Encoded], dtype: str) -> str:
 
 
 def _dtype(model: nn.Module) -> str:
-    """What the model computes in."""
+    """What the model computes in, with the mixed precisions of FSDP2's groups."""
     parameter = next(model.parameters())
     kind = parameter.device.type
-    return str(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype)
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    # torch has no public way to ask a module for its policy
+    policies = [module._get_fsdp_state()._mp_policy for module in shards(model)]
+    mixed = {(policy.param_dtype, policy.output_dtype, policy.cast_forward_inputs) for policy in policies}
+    return " ".join([str(dtype), *sorted(str(precision) for precision in mixed if precision[:2] != (None, None))])
+
+
+def _adapters(model: nn.Module) -> str:
+    """Which adapters of PEFT take part and how strongly, over all adapted modules; empty for none."""
+    layers = [(name, layer) for name, layer in bare(model).named_modules() if hasattr(layer, "base_layer")]
+    taking_part = [
+        (name, list(layer.active_adapters), layer.disable_adapters, getattr(layer, "scaling", None))
+        for name, layer in layers
+        if hasattr(layer, "active_adapters")
+    ]
+    return str(taking_part) if taking_part else ""
 
 
 def _config_text(config) -> str:

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ssiuu_fast.objectives.modules import bare, evaluating, local, reshard, sharded_as, whole
+from ssiuu_fast.evaluation.forwards import evaluating
+from ssiuu_fast.objectives.modules import bare, local, reshard, sharded_as, whole
 
 
 class StartingWeights:

@@ -90,14 +90,30 @@ def test_lists_of_lists_are_keyed_by_position(folder):
 
 
 def test_splits_and_their_further_questions(folder):
-    split = faithun.load_splits(folder)
-    assert _prompts(split.forget) == ["Where was Bo born?"]
-    assert _prompts(split.retain) == ["Where was Ada born?", "Where does Bo live?"]
-    assert _prompts(split.test) == ["Where does Ada live?"]
-    refuse_overlap(split.forget, split.retain + split.test)
+    forget, retain, test = (faithun.load_split(folder, split) for split in faithun.SPLIT_FILES)
+    assert _prompts(forget) == ["Where was Bo born?"]
+    assert _prompts(retain) == ["Where was Ada born?", "Where does Bo live?"]
+    assert _prompts(test) == ["Where does Ada live?"]
+    refuse_overlap(forget, retain + test)
     assert _prompts(faithun.load_split(folder, "forget", "paraphrase")) == ["Birthplace of Bo?", "Bo was born in?"]
     with pytest.raises(ValueError, match="same_answer questions of FaithUn's test split in .* is empty"):
         faithun.load_split(folder, "test", "same_answer")
+
+
+def test_a_question_of_clusters_in_two_splits_is_of_the_first_alone(folder):
+    # Bo's two clusters are in forget and retain, Ada's in retain and test
+    bo, ada = ("What river is where Bo was born?", "What river is where Ada was born?")
+    assert _prompts(faithun.load_split(folder, "forget", "multi_hop")) == [bo]
+    with pytest.warns(UserWarning, match="1 of the 2 multi_hop questions of FaithUn's retain split .* forget"):
+        assert _prompts(faithun.load_split(folder, "retain", "multi_hop")) == [ada]
+    with (
+        pytest.warns(UserWarning, match="1 of the 1 multi_hop questions .* test .* clusters of forget or retain"),
+        pytest.raises(ValueError, match="multi_hop questions of FaithUn's test split in .* is empty"),
+    ):
+        faithun.load_split(folder, "test", "multi_hop")
+    (folder / "splits" / "forget_set_split.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="forget_set_split.txt"):
+        faithun.load_split(folder, "test", "paraphrase")
 
 
 def test_by_the_names_of_the_command_line(folder):

@@ -117,8 +117,8 @@ def test_a_broken_model_has_no_scores(rough):
         ([True, True, True, True], 1.0, 1.0),
         ([False, False, True, True], 0.5, 0.5),
         ([True, False, True, True], 0.75, 0.5),
-        ([True, True, True, False], 0.75, 0.0),
-        ([False, False], 0.0, 0.0),
+        ([True, True, True, False], 0.75, 0.25),
+        ([False, False], 0.0, 0.5),
         ([], 0.0, 0.0),
     ],
 )

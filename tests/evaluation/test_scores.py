@@ -123,6 +123,29 @@ def test_adapters_are_scored_in_place_and_their_model_keeps_its_settings(known):
     assert answers == scores.generate_answers(merged, encoder, examples[:6], 16)
 
 
+def test_a_sharded_wrapper_and_the_model_inside_keep_their_settings(known, tmp_path):
+    """What FSDP2 shards is called from its root, here PEFT's wrapper, whose generate hands settings down."""
+    from peft import LoraConfig, get_peft_model
+    from torch.distributed.fsdp import fully_shard
+    from transformers import GenerationConfig
+
+    model, encoder, examples = known
+    inside = copy.deepcopy(model)
+    inside.generation_config = own = GenerationConfig(do_sample=True, temperature=0.3, repetition_penalty=1.7)
+    adapted = get_peft_model(inside, LoraConfig(target_modules=["q_proj"], r=2))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        sharded = fully_shard(adapted)
+        answers = scores.generate_answers(sharded, encoder, examples[:2], 16)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert answers == scores.generate_answers(model, encoder, examples[:2], 16)
+    assert inside.generation_config is own and adapted.generation_config is own
+    # nor does the wrapper shadow what is set later
+    inside.generation_config = later = GenerationConfig()
+    assert adapted.generation_config is later
+
+
 def test_a_compiled_model_is_scored_without_its_graph(known):
     model, encoder, examples = known
 

@@ -5,11 +5,15 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 from plain_attribution import unpadded
 from plain_objectives import encoded, nll_seq
 from safetensors.torch import load_file, save_file
 from tiny import batch, exactly, tiny_gpt2, tiny_llama
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
+from ssiuu_fast import SSIUURegularizer
 from ssiuu_fast.data.collate import Encoded
 from ssiuu_fast.objectives import reference
 from ssiuu_fast.objectives.reference import model_fingerprint, reference_log_probs
@@ -97,6 +101,54 @@ def test_autocast_is_another_dtype(tmp_path):
         low, asked = cached(model, tmp_path)
         assert asked and not torch.equal(low, plain)
         assert not cached(model, tmp_path)[1]
+
+
+def test_other_active_adapters_another_file(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(tiny_llama(torch.float32), config)
+    model.add_adapter("second", config)
+    first, asked = cached(model, tmp_path)
+    assert asked and not cached(model, tmp_path)[1]
+    with model.disable_adapter():
+        without, asked = cached(model, tmp_path)
+    assert asked
+    model.set_adapter("second")
+    second, asked = cached(model, tmp_path)
+    assert asked and torch.equal(second, reference_log_probs(model, encoded(ROWS), None))
+    assert not torch.equal(first, second) and not torch.equal(first, without)
+
+
+def sharded(**options):
+    model = tiny_llama(torch.float32)
+    for module in (*model.model.layers, model):
+        fully_shard(module, **options)
+    return model
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_mixed_precision_of_fsdp_is_another_dtype(tmp_path, one_rank):
+    plain, _ = cached(tiny_llama(torch.float32), tmp_path / "kept")
+    assert not cached(sharded(), tmp_path / "kept")[1]
+    low, asked = cached(sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)), tmp_path / "kept")
+    assert asked and not torch.equal(low, plain)
+
+
+@pytest.mark.parametrize("folder", [None, "kept"])
+def test_shards_are_back_after_the_reference(tmp_path, one_rank, folder):
+    """Also where FSDP2 keeps whole weights after a forward pass, and whether or not there is one."""
+    for _ in range(2):
+        model = sharded(reshard_after_forward=False)
+        reference_log_probs(model, encoded(ROWS), folder and tmp_path / folder)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        SSIUURegularizer(model)
 
 
 def truncated(file):
