@@ -104,9 +104,7 @@ def test_a_question_of_clusters_in_two_splits_is_of_the_first_alone(folder):
     # Bo's two clusters are in forget and retain, Ada's in retain and test
     bo, ada = ("What river is where Bo was born?", "What river is where Ada was born?")
     assert _prompts(faithun.load_split(folder, "forget", "multi_hop")) == [bo]
-    with pytest.warns(
-        UserWarning, match="1 of the 2 multi_hop questions of FaithUn's retain split .* forget"
-    ):
+    with pytest.warns(UserWarning, match="1 of the 2 multi_hop questions of FaithUn's retain split .* forget"):
         assert _prompts(faithun.load_split(folder, "retain", "multi_hop")) == [ada]
     with (
         pytest.warns(UserWarning, match="1 of the 1 multi_hop questions .* test .* clusters of forget or retain"),
