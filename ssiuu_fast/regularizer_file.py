@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ssiuu_fast.disk import to_disk
 from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.regularizer import SSIUURegularizer
 
@@ -97,21 +98,12 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.part")
     try:
         yield temporary
-        _to_disk(temporary)
+        to_disk(temporary)
         os.replace(temporary, path)
-        _to_disk(path.parent)
+        to_disk(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _to_disk(path: Path) -> None:
-    # of a folder: the names in it
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def _read_state(folder: Path, places: dict[str, Place] | None) -> dict:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
+from ssiuu_fast.disk import to_disk
 from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.ranks import Ranks
 
@@ -40,11 +41,11 @@ def staged(run: Path, name: str, ranks: Ranks, writer: bool) -> Iterator[Path]:
     yield staging
     _wait(ranks)
     if writer:
-        _to_disk(staging / name)
+        _tree_to_disk(staging / name)
         if (run / name).exists():
             remove(run / name)
         os.rename(staging / name, run / name)
-        _fsync(run)
+        to_disk(run)
         shutil.rmtree(staging)
     _wait(ranks)
 
@@ -142,16 +143,8 @@ def _wait(ranks: Ranks) -> None:
         dist.barrier(group=ranks.group)
 
 
-def _to_disk(folder: Path) -> None:
+def _tree_to_disk(folder: Path) -> None:
     for place, _, files in os.walk(folder):
         for name in files:
-            _fsync(Path(place) / name)
-        _fsync(Path(place))
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            to_disk(Path(place) / name)
+        to_disk(Path(place))
