@@ -1,6 +1,7 @@
 """How much attributions change from step to step, and whether a reference of few bits can tell."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,31 +29,42 @@ class ChangeWatch:
         self._seen = 0
         self._too_little = 0
         self._unread: tuple[HostCopy, float] | None = None
+        self.begin([], {})
+
+    def begin(self, names: Sequence[str], references: dict[str, Tensor | Blockwise8]) -> None:
+        """A step in which the parameters of these names have a gradient."""
+        self.look()
+        self._chosen = set(_spread([name for name in names if _error(references[name])], TENSORS))
+        self._error = max((_error(references[name]) for name in self._chosen), default=0.0)
+        self._samples: list[Tensor] = []
 
     @torch.no_grad()
-    def measure(
+    def see(
         self,
-        gradients: dict[str, Tensor | None],
-        parameters: dict[str, Tensor],
-        references: dict[str, Tensor | Blockwise8],
+        name: str,
+        gradient: Tensor,
+        parameter: Tensor,
+        reference: Tensor | Blockwise8,
         gradient_scale: float,
-        shards: Ranks,
-    ) -> Tensor | None:
-        """The median over a few thousand elements spread over all tensors, to be called before the pass overwrites g.
+    ) -> None:
+        """Looks at a few elements, before the pass overwrites g."""
+        if name in self._chosen:
+            each = max(1, ELEMENTS // len(self._chosen))
+            self._samples.append(_changes(gradient, parameter, reference, gradient_scale, each))
+
+    @torch.no_grad()
+    def finish(self, shards: Ranks) -> Tensor | None:
+        """The median over a few thousand elements spread over all tensors.
 
         shards: the ranks over which they are spread, who look at their own. A one-element tensor on the device, NaN
         where every A is 0; None where the references have more than 16 bits.
         """
-        self.look()
-        names = [name for name, gradient in gradients.items() if gradient is not None and _error(references[name])]
-        chosen = _spread(names, TENSORS)
-        if not chosen or (shards.size == 1 and not any(gradients[name].numel() for name in chosen)):
+        if not self._samples or (shards.size == 1 and not any(sample.numel() for sample in self._samples)):
             return None
-        each = max(1, ELEMENTS // len(chosen))
-        device = gradients[chosen[0]].device
-        samples = [_changes(gradients[n], parameters[n], references[n], gradient_scale, each) for n in chosen]
-        median = _median(_of_all(torch.cat([sample.to(device) for sample in samples]), shards))
-        self._unread = (HostCopy(median), max(_error(references[name]) for name in chosen))
+        device = self._samples[0].device
+        median = _median(_of_all(torch.cat([sample.to(device) for sample in self._samples]), shards))
+        self._samples = []
+        self._unread = (HostCopy(median), self._error)
         if device.type == "cpu":
             self.look()
         return median

@@ -263,24 +263,24 @@ def _remedy(message: str) -> str | None:
 
 def leaves(tensor: Tensor) -> set[int]:
     """The ids of the tensors that are leaves of the graph."""
-    return {id(node.variable) for node in _nodes(tensor) if hasattr(node, "variable")}
+    return {id(node.variable) for node in nodes([tensor.grad_fn]) if hasattr(node, "variable")}
 
 
 def has_leaf(tensor: Tensor, sought: set[int]) -> bool:
     """Whether one of the tensors with these ids is a leaf of the graph."""
-    return any(id(getattr(node, "variable", None)) in sought for node in _nodes(tensor))
+    return any(id(getattr(node, "variable", None)) in sought for node in nodes([tensor.grad_fn]))
 
 
 def _has_node(tensor: Tensor, name: str) -> bool:
-    return any(node.name() == name for node in _nodes(tensor))
+    return any(node.name() == name for node in nodes([tensor.grad_fn]))
 
 
-def _nodes(tensor: Tensor) -> Iterator:
-    """Every node of the graph, what was reached last first."""
-    seen, waiting = set(), [tensor.grad_fn]
+def nodes(start: Iterable, stop=None) -> Iterator:
+    """Every node of the graph that is reached from these, what was reached last first, and not by way of `stop`."""
+    seen, waiting = {stop, None}, list(start)
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         yield node
         seen.add(node)

@@ -15,6 +15,9 @@ class NeuronStep:
     An error in `add` is one of all ranks, which then `finish` together. grain: the NeuronGrain that begins the step.
     """
 
+    # the target's own pass tells the attributions that the loss's then needs
+    road = "two backwards: attributions of neurons are needed before the loss is sent back"
+
     def __init__(self, grain, scale: float, weight: float | None):
         self.scale = scale
         self._grain = grain
@@ -35,7 +38,8 @@ class NeuronStep:
         # of samples whose references aren't known to all ranks
         self._fresh = SampleReferences()
 
-    def add(self, batch: MicroBatch) -> None:
+    def add(self, batch: MicroBatch) -> bool:
+        """Takes up a micro-batch; its loss carries the penalty and is never sent back here."""
         measured = self._grain.measure(batch, self.scale, self._weight)
         self._samples += batch.samples
         self._underflows.append(batch.underflows)
@@ -45,6 +49,7 @@ class NeuronStep:
         else:
             self._part = batch, measured
         self._grain.agreement.pass_by(batch.last)
+        return False
 
     def finish(self) -> StepResult:
         found = self._part[1].found if self._part else list(self._nonfinite)

@@ -10,7 +10,7 @@ from ssiuu_fast import engines
 from ssiuu_fast.change import ChangeWatch
 from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.ops.backends import choose
-from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
+from ssiuu_fast.penalty_pass import PenaltyPass
 from ssiuu_fast.ranks import local_part
 from ssiuu_fast.references import (
     MeanAttribution,
@@ -22,8 +22,9 @@ from ssiuu_fast.references import (
     refuse_state_dtype,
     required,
 )
-from ssiuu_fast.replicated import Replicated
+from ssiuu_fast.replicated import Gradients, Replicated
 from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.shared_backward import Plan, SharedBackward, Visit
 from ssiuu_fast.step import MicroBatch, StepResult, summed
 from ssiuu_fast.warn import warn_user
 
@@ -50,7 +51,7 @@ class ParameterGrain:
         backend: str,
         process_group,
     ):
-        self._parameters, self._engine = _engine(model_or_named_parameters, patterns, process_group)
+        model, self._parameters, self._engine = _engine(model_or_named_parameters, patterns, process_group)
         self.agreement = self._engine.agreement
         self.shards = self._engine.shards
         _refuse_unusual(self._parameters)
@@ -65,6 +66,8 @@ class ParameterGrain:
         self.elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._references: References | None = None
         self._change = ChangeWatch()
+        self._sharing_obstacle = _sharing_obstacle(model, self._engine)
+        self._shared = None if self._sharing_obstacle else SharedBackward(model, self._parameters)
 
     @property
     def names(self) -> list[str]:
@@ -87,22 +90,31 @@ class ParameterGrain:
     def abandon(self) -> None:
         """Nothing of a step is left to be added."""
 
-    def step_gradients(self, batch: MicroBatch, scale: float) -> tuple[list[Tensor | None], int]:
+    def plan(self, batch: MicroBatch, scale: float) -> Plan:
+        """How g of a micro-batch is had from the loss's own pass, the same on every rank; or why not."""
+        engines.refuse_frozen(self._parameters.items())
+        plan = Plan(self._sharing_obstacle)
+        if self._shared is not None:
+            plan = self._shared.plan(batch.target, batch.loss, scale)
+        if not self._engine.agree_to_share(batch, bool(plan.reason)):
+            plan.reason = plan.reason or "another rank needs two passes"
+        return plan
+
+    def send_back(self, plan: Plan, loss: Tensor, gradients: Gradients, visit: Visit | None) -> None:
+        """Sends the loss back and adds its part to the gradients on the way (SharedBackward.run)."""
+        self._shared.run(plan, loss, gradients, visit)
+
+    def step_gradients(self, batch: MicroBatch, scale: float) -> tuple[Gradients, int]:
         """scale · ∂T/∂φ of a micro-batch, None for parameters outside its graph, and its number of samples."""
         engines.refuse_frozen(self._parameters.items())
         return self._engine.step_gradients(batch, scale)
 
-    def add_penalty(
-        self, gradients: list[Tensor | None], samples: int, scale: float, weight: float | None
-    ) -> tuple[PenaltyResult, dict[str, Tensor | None], Tensor, Tensor | None]:
-        """Adds the penalty's gradient to `.grad` and updates the references, in one pass over all parameters.
+    def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
+        """What the micro-batches of a step came to, over all ranks: g, samples, the parameters in some graph."""
+        return self._engine.complete(gradients, samples, present)
 
-        gradients, samples: what step_gradients gave, summed over the micro-batches; overwritten. Returns this rank's
-        sums, the gradients by name, the number of non-finite elements of each parameter in the graph, and what
-        ChangeWatch measured.
-        """
-        gradients, samples = self._engine.complete(gradients, samples)
-        gradients = dict(zip(self.names, gradients, strict=True))
+    def begin_pass(self, samples: int, scale: float, weight: float | None) -> PenaltyPass:
+        """The pass over a step of so many samples; `end_pass` takes up the references that it renewed."""
         parameters = self._local()
         first = self._references is None
         references = self._references or References(empty_references(parameters, self._state_dtype), samples)
@@ -111,37 +123,29 @@ class ParameterGrain:
                 "reference='initial' without set_reference(): the attributions of the first step's batch are kept"
             )
         references.follow(samples)
-
-        update = self._reference == "previous" or first
-        names = [name for name, gradient in gradients.items() if gradient is not None]
-        # before the pass, which overwrites the gradients
-        change = None
-        if not first:
-            change = self._change.measure(gradients, parameters, references.tensors, 1.0 / scale, self.shards)
-        held = {name: self._parameters[name].grad for name in names}
-        counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
-        result = penalty_(
-            [gradients[name] for name in names],
-            [parameters[name] for name in names],
-            [references.tensors[name] for name in names],
-            weight=0.0 if weight is None else weight * scale,
-            # while λ is being calibrated the penalty is written over g and dropped
-            out=None if weight is None else [None if grad is None else local_part(grad) for grad in held.values()],
-            one_sided=self._one_sided,
-            update_references=update,
+        return PenaltyPass(
+            parameters,
+            references,
+            self._change,
+            self.shards,
+            update=self._reference == "previous" or first,
             first=first,
-            gradient_scale=1.0 / scale,
-            nonfinite_counts=counts,
+            one_sided=self._one_sided,
+            scale=scale,
+            weight=weight,
             backend=self._backend,
         )
+
+    def add_to_grad(self, over: PenaltyPass, gradients: dict[str, Tensor]) -> None:
+        """Adds the penalty's gradient to what `.grad` holds; g is overwritten."""
+        held = {name: self._parameters[name].grad for name in gradients}
+        over.add(gradients, [None if grad is None else local_part(grad) for grad in held.values()])
         for name, gradient in gradients.items():
-            if gradient is None and update:
-                # a parameter outside this step's graph has A = 0
-                references.tensors[name].zero_()
-            elif gradient is not None and weight is not None and held[name] is None:
+            if over.adds and held[name] is None:
                 self._engine.give(self._parameters[name], gradient)
-        self._references = references
-        return result, gradients, counts, change
+
+    def end_pass(self, over: PenaltyPass) -> None:
+        self._references = over.references
 
     def set_reference(self, targets: Iterable[MicroBatch]) -> None:
         """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets of all ranks, whose graphs are freed one by one."""
@@ -199,47 +203,92 @@ class ParameterStep:
 
     def __init__(self, grain: ParameterGrain, scale: float, weight: float | None):
         self.scale = scale
+        # how the last micro-batch's g was had
+        self.road = ""
         self._grain = grain
         self._weight = weight
-        self._gradients: list[Tensor | None] = []
+        self._gradients: Gradients = [None] * len(grain.names)
+        self._present: set[int] = set()
         self._samples = 0
         self._underflows: list[Tensor] = []
+        self._pass: PenaltyPass | None = None
 
-    def add(self, batch: MicroBatch) -> None:
+    def add(self, batch: MicroBatch) -> bool:
+        """Takes up a micro-batch. Whether its loss was sent back on the way."""
+        self._underflows.append(batch.underflows)
+        if batch.loss is not None:
+            plan = self._grain.plan(batch, self.scale)
+            self.road = plan.road
+            if not plan.reason:
+                self._share(batch, plan)
+                return True
         gradients, samples = self._grain.step_gradients(batch, self.scale)
         self._samples += samples
-        self._underflows.append(batch.underflows)
-        if not self._gradients:
-            self._gradients = gradients
-            return
         for index, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            self._present.add(index)
             if self._gradients[index] is None:
                 self._gradients[index] = gradient
-            elif gradient is not None:
+            else:
                 self._gradients[index].add_(gradient)
+        return False
 
     def finish(self) -> StepResult:
-        result, gradients, counts, change = self._grain.add_penalty(
-            self._gradients, self._samples, self.scale, self._weight
-        )
+        names = self._grain.names
+        if self._pass is None:
+            self._gradients, self._samples, self._present = self._grain.complete(
+                self._gradients, self._samples, self._present
+            )
+            self._open_pass()
+        # what the last micro-batch had no part in, or all
+        rest = {names[index]: gradient for index, gradient in enumerate(self._gradients) if gradient is not None}
+        self._grain.add_to_grad(self._pass, rest)
+        self._grain.end_pass(self._pass)
+        sums, seen, counts, change = self._pass.close()
         whole = StepResult(
-            penalty=result.penalty,
-            negative=result.negative,
+            penalty=sums.penalty,
+            negative=sums.negative,
             elements=self._grain.elements,
-            gradient_square=result.gradient_square,
+            gradient_square=sums.gradient_square,
             underflows=self._underflows,
-            names=[name for name, gradient in gradients.items() if gradient is not None],
+            names=seen,
             nonfinite_counts=counts,
-            absent=[name for name, gradient in gradients.items() if gradient is None],
+            absent=[name for index, name in enumerate(names) if index not in self._present],
             change=change,
         )
         return summed(whole, self._grain.agreement.ranks, self._grain.shards)
 
+    def _share(self, batch: MicroBatch, plan: Plan) -> None:
+        self._samples += batch.samples
+        self._present |= plan.present
+        if not batch.last or self._grain.agreement.ranks.size > 1:
+            # g isn't whole yet
+            self._grain.send_back(plan, batch.loss, self._gradients, None)
+            return
+        self._covered = plan.covered
+        whole = self._present if plan.kept else {i for i, g in enumerate(self._gradients) if g is not None}
+        self._open_pass(whole)
+        self._grain.send_back(plan, batch.loss, self._gradients, self._add_on_the_way)
+
+    def _open_pass(self, whole: set[int] | None = None) -> None:
+        if whole is None:
+            whole = {index for index, gradient in enumerate(self._gradients) if gradient is not None}
+        self._pass = self._grain.begin_pass(self._samples, self.scale, self._weight)
+        self._pass.expect([self._grain.names[index] for index in sorted(whole)])
+
+    def _add_on_the_way(self, index: int, g: Tensor, gradient: Tensor) -> Tensor | None:
+        """The loss's gradient with the penalty's; in place, where nobody else can hold it."""
+        if index not in self._covered or not gradient.is_contiguous():
+            gradient = gradient.clone(memory_format=torch.contiguous_format)
+        self._pass.add({self._grain.names[index]: g}, [gradient])
+        return gradient
+
 
 def _engine(
     model_or_named_parameters, patterns: Iterable[str] | None, process_group
-) -> tuple[NamedParameters, "Replicated | Sharded"]:
-    """The selected parameters, and how the gradient of the target is had for them."""
+) -> tuple[nn.Module | None, NamedParameters, "Replicated | Sharded"]:
+    """The bare model if there is one, the selected parameters, and how the gradient of the target is had for them."""
     ddp, model = None, None
     if isinstance(model_or_named_parameters, nn.Module):
         model, ddp = engines.strip(model_or_named_parameters)
@@ -254,13 +303,22 @@ def _engine(
         if is_sharded(model):
             # all of them get a gradient for a while
             engines.refuse_steps_in_backward(model.named_parameters())
-            return selected, Sharded(model, selected, process_group)
+            return model, selected, Sharded(model, selected, process_group)
     engines.refuse_sharded(
         selected.items(),
         "tensor parallel is not supported. Where it comes from fully_shard, give the model and not its parameters",
     )
     engines.refuse_steps_in_backward(selected.items())
-    return selected, Replicated(list(selected.values()), process_group, ddp)
+    return model, selected, Replicated(list(selected.values()), process_group, ddp)
+
+
+def _sharing_obstacle(model: nn.Module | None, engine) -> str:
+    """Why the loss's own pass can't give g, whatever the graph; empty where it may."""
+    if model is None:
+        return "the regulariser was given parameters and not their model, whose linear modules it would watch"
+    if engine.shards.size > 1 or engine.places() is not None:
+        return "under FSDP2 a linear module's weight gradient is of shards that lie on other ranks"
+    return ""
 
 
 def _refuse_unusual(parameters: NamedParameters) -> None:

@@ -1,6 +1,7 @@
 """The stored attributions that today's are compared with: one tensor a regularised parameter."""
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 
 import torch
@@ -25,6 +26,19 @@ class References:
         # None: the tensors hold the mean over the forget set, and the size of a step isn't known yet
         self.samples = samples
         self._warned = False
+        self._clear = False
+
+    def renewed(self) -> None:
+        """Some of them were written."""
+        self._clear = False
+
+    def clear(self, names: Collection[str]) -> None:
+        """Attributions that are 0. Of all, once: steps without any attribution leave zeros alone."""
+        if self._clear:
+            return
+        for name in names:
+            self.tensors[name].zero_()
+        self._clear = len(names) == len(self.tensors)
 
     def follow(self, samples: int) -> None:
         """Makes the references stand for a sum over `samples` samples, the size of this step.

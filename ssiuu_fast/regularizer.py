@@ -1,5 +1,6 @@
 """The Ssiuu penalty in anybody's training loop."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
@@ -137,6 +138,9 @@ class SSIUURegularizer:
         self._state_dtype = state_dtype
         self._raise_nonfinite = nonfinite == "raise"
         self._warned_of_absent = False
+        self._roads_told: set[str] = set()
+        # how g of the last micro-batch was had: "one backward", or "two backwards" with the reason
+        self.road = ""
         self._start(step=0, weight=self._literal_weight, ratios=[])
 
     def backward(
@@ -147,10 +151,17 @@ class SSIUURegularizer:
         scale: float = 1.0,
         token_counts: Tensor | None = None,
         sample_ids: Tensor | None = None,
+        loss: Tensor | None = None,
     ) -> Tensor:
         """Adds scale · λ · ∂R/∂φ to `.grad`; call it on the live graph, before this micro-batch's loss.backward().
 
         At neuron granularity loss.backward() itself adds it, and `.grad` is untouched here.
+
+        With `loss` it also does loss.backward(), in the same pass where it can: don't call that yourself. The numbers
+        are those of two passes; the cost is one weight-gradient product on the rows with a part in the target instead of
+        a second pass. Rows whose ∂T/∂ℓ is under 1e-16 (shared_backward.NEGLIGIBLE) are skipped; where all are equal in
+        ∂T/∂ℓ ÷ ∂loss/∂ℓ, or there is one, it costs a scaling. The host waits once for two numbers a sample. It takes two
+        passes where one can't do: `road` says which, and why, and so does this package's log, once.
 
         log_probs: [B] log-probabilities of the answers (`sequence_log_probs`); their graph is kept.
         last: False for the earlier micro-batches of a step: their gradient is only summed (one buffer of model
@@ -161,6 +172,9 @@ class SSIUURegularizer:
         token_counts: [B] answer tokens, for target="mean_token_probability".
         sample_ids: [B] whole numbers that name the samples, for neurons with reference="initial"; else of no use. Keep
             them on the CPU: the host has to know them, and would wait for a GPU.
+        loss: a scalar, times `scale`, of the same forward pass. In one pass it must depend on the regularised
+            parameters by way of one `sequence_log_probs` only, of which log_probs may be some rows: forget and retain
+            rows may share a forward pass. Modules are taken to be given [samples, tokens, features].
 
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
@@ -171,15 +185,25 @@ class SSIUURegularizer:
         """
         try:
             with self.agreement.errors_together():
-                return self._backward(log_probs, last, scale, token_counts, sample_ids)
+                penalty, sent_back = self._backward(log_probs, last, scale, token_counts, sample_ids, loss)
+            if loss is not None and not sent_back:
+                loss.backward()
+            return penalty
         except BaseException:
             self._open_step = None
             self._grain.abandon()
             raise
 
     def _backward(
-        self, log_probs: Tensor, last: bool, scale: float, token_counts: Tensor | None, sample_ids: Tensor | None
-    ) -> Tensor:
+        self,
+        log_probs: Tensor,
+        last: bool,
+        scale: float,
+        token_counts: Tensor | None,
+        sample_ids: Tensor | None,
+        loss: Tensor | None,
+    ) -> tuple[Tensor, bool]:
+        """R, and whether the loss was sent back."""
         self._check_nonfinite()
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):
@@ -189,7 +213,7 @@ class SSIUURegularizer:
         if self._skipped:
             self.agreement.pass_by(last)
             self._step += last
-            return log_probs.new_zeros(())
+            return log_probs.new_zeros(()), False
         if self._awaiting_after_backward:
             raise RuntimeError(
                 "after_backward() was not called in the last step: with relative_weight, call it in every step after "
@@ -199,12 +223,14 @@ class SSIUURegularizer:
         if scale != step.scale:
             raise ValueError(f"scale changed within a step, from {step.scale} to {scale}")
         target, underflows = target_sum(log_probs, self.target, token_counts)
-        step.add(MicroBatch(target, len(log_probs), underflows, sample_ids, last))
+        sent_back = step.add(MicroBatch(target, len(log_probs), underflows, sample_ids, last, loss))
+        if loss is not None:
+            self._tell_road(step.road)
         if not last:
             self._open_step = step
-            return log_probs.new_zeros(())
+            return log_probs.new_zeros(()), sent_back
         self._open_step = None
-        return self._finish(step)
+        return self._finish(step), sent_back
 
     def abandon_step(self) -> None:
         """Gives up the step that is under way, for loops that catch errors and go on with the next batch.
@@ -406,6 +432,12 @@ class SSIUURegularizer:
         if result.nonfinite_counts.device.type == "cpu":
             self._check_nonfinite()
         return result.penalty
+
+    def _tell_road(self, road: str) -> None:
+        self.road = road
+        if road not in self._roads_told:
+            self._roads_told.add(road)
+            logging.getLogger(__name__).info("%s", road)
 
     def _check_nonfinite(self) -> None:
         try:

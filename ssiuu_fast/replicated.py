@@ -27,8 +27,8 @@ class Replicated:
         # the ranks whose samples are one batch, and those over which the elements of a parameter are spread
         self.ranks = Ranks(ddp.process_group if process_group is None and ddp is not None else process_group)
         self.shards = Ranks.alone()
-        # the number of samples, and who has which parameter in its graph
-        self.agreement = Agreement(self.ranks, 1 + len(parameters), self._ranks_meet)
+        # the number of samples, who has a gradient of which parameter, and who has it in its graph
+        self.agreement = Agreement(self.ranks, 1 + 2 * len(parameters), self._ranks_meet)
 
     def local(self) -> list[Tensor]:
         """What of each parameter lies on this rank: all."""
@@ -45,17 +45,28 @@ class Replicated:
             self.agreement.pass_by(batch.last)
         return gradients, batch.samples
 
-    def complete(self, gradients: Gradients, samples: int) -> tuple[Gradients, int]:
-        """Both summed over the ranks, once a step; None for parameters that are in no rank's graph."""
+    def agree_to_share(self, batch: MicroBatch, refused: bool) -> bool:
+        """Whether no rank refuses to have g from the loss's own pass, in which the ranks may meet."""
+        if self.ranks.size == 1 or not self._ranks_meet(batch.last):
+            return not refused
+        return not self.agreement.sums([int(refused)] + [0] * (2 * len(self._parameters)))[0]
+
+    def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
+        """All over the ranks, once a step; None for parameters of which no rank has a gradient.
+
+        present: those in this rank's graphs; of the result, in some rank's.
+        """
         if self.ranks.size == 1:
-            return gradients, samples
-        samples, *users = self.agreement.sums([samples, *(int(gradient is not None) for gradient in gradients)])
+            return gradients, samples, present
+        count = len(self._parameters)
+        mine = [int(gradient is not None) for gradient in gradients]
+        samples, *users = self.agreement.sums([samples, *mine, *(int(index in present) for index in range(count))])
         whole = [
             torch.zeros_like(parameter, requires_grad=False) if used and gradient is None else gradient
-            for gradient, parameter, used in zip(gradients, self._parameters, users, strict=True)
+            for gradient, parameter, used in zip(gradients, self._parameters, users[:count], strict=True)
         ]
         self.ranks.sum_all_([gradient for gradient in whole if gradient is not None])
-        return whole, samples
+        return whole, samples, {index for index, used in enumerate(users[count:]) if used}
 
     def pass_gradients(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[Gradients, int]]:
         """∂T/∂φ and the number of samples of each of this rank's batches, of which others may have more or fewer."""
@@ -64,7 +75,7 @@ class Replicated:
 
     def complete_pass(self, sums: list[Tensor], samples: int) -> int:
         """Sums over the ranks what was summed over a pass, in place; the number of samples of all."""
-        samples, *_ = self.agreement.sums([samples] + [0] * len(self._parameters))
+        samples, *_ = self.agreement.sums([samples] + [0] * (2 * len(self._parameters)))
         self.ranks.sum_all_(sums)
         return samples
 

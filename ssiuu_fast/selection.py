@@ -84,7 +84,7 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     linear: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(outer in linear for outer in _parents(name))
-        if _is_linear(base_layer(module)) and not inside:
+        if is_linear(base_layer(module)) and not inside:
             linear[name] = module
     return linear
 
@@ -112,14 +112,14 @@ def _block_weights(model: nn.Module) -> NamedParameters:
     """Weights of linear modules that live in a numbered block (`model.layers.3.self_attn.q_proj`)."""
     found = {}
     for name, module in model.named_modules():
-        if _in_block(name) and _is_linear(module):
+        if _in_block(name) and is_linear(module):
             found[f"{name}.weight"] = module.weight
     return _unique(found.items())
 
 
 def _stacked_weights(model: nn.Module) -> list[str]:
     """Names of parameters of 3 and more dimensions in the blocks that are no linear module's: fused MoE experts."""
-    linear = [name for name, module in model.named_modules() if _is_linear(base_layer(module))]
+    linear = [name for name, module in model.named_modules() if is_linear(base_layer(module))]
     inside = tuple(f"{name}." for name in linear)
     return [
         name
@@ -147,7 +147,7 @@ def _in_block(name: str) -> bool:
     return any(part.isdecimal() for part in _ADAPTERS.split(name)[0].split("."))
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     # GPT-2's Conv1D is a linear module by another name; asking by class name keeps transformers out of the import
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 

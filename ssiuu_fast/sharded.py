@@ -61,9 +61,13 @@ class Sharded:
         """Shards of scale · ∂T/∂φ over all ranks' samples and their number; None outside of their graphs."""
         return self._gradients(batch, scale, retain_graph=True)
 
-    def complete(self, gradients: Gradients, samples: int) -> tuple[Gradients, int]:
+    def agree_to_share(self, batch: MicroBatch, refused: bool) -> bool:
+        """Whether g is had from the loss's own pass: all ranks refuse."""
+        return not refused
+
+    def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
         """They were summed on the way."""
-        return gradients, samples
+        return gradients, samples, present
 
     def pass_gradients(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[Gradients, int]]:
         """As step_gradients, freeing each graph. ValueError where a rank has fewer batches than another."""

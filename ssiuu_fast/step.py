@@ -21,13 +21,15 @@ LATE = (
 
 @dataclass
 class MicroBatch:
-    """Some samples of a step: Σ_s T_s with its graph, and how many of them underflowed."""
+    """Some samples of a step: Σ_s T_s with its graph, how many of them underflowed, and their loss, where it is to be
+    sent back too."""
 
     target: Tensor
     samples: int
     underflows: Tensor
     sample_ids: list[int] | None = None
     last: bool = True
+    loss: Tensor | None = None
 
 
 @dataclass

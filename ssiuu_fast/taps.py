@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ssiuu_fast import engines
+from ssiuu_fast.kept_tensor import KeptTensor
 
 
 class Taps:
@@ -99,7 +100,7 @@ class TappedOutput:
         # strong: a graph may be sent back after the taps were given up
         self.taps = taps
         self._injection: Tensor | None = None
-        self._hidden = _Keep.apply(output.detach(), taps._scalar).grad_fn
+        self._hidden: KeptTensor | None = KeptTensor(output)
 
     def inject(self, injection: Tensor, pending: "PendingInjections") -> None:
         """The next backward pass through the graph, unless it is one that only measures, adds `injection` to the
@@ -108,6 +109,11 @@ class TappedOutput:
         self._pending = pending
         pending.count += 1
 
+    @property
+    def injects(self) -> bool:
+        """Whether something is to be added."""
+        return self._injection is not None and not self._pending.abandoned
+
     def release_hidden(self) -> Tensor:
         if self._hidden is None:
             raise RuntimeError(
@@ -115,9 +121,8 @@ class TappedOutput:
                 "before loss.backward()"
             )
         # once: checkpointing gives a tensor back a single time in each pass
-        (hidden,) = self._hidden.saved_tensors
-        self._hidden = None
-        return hidden
+        kept, self._hidden = self._hidden, None
+        return kept.get()
 
     def pass_on(self, gradient: Tensor, add: bool) -> Tensor:
         if not torch._C._autograd._get_current_graph_task_keep_graph():
@@ -145,6 +150,12 @@ class PendingInjections:
         self.abandoned = True
 
 
+def has_injection(node) -> bool:
+    """Whether this node of a graph is a tap that is to add something to the gradient that comes by."""
+    tapped = getattr(node, "tapped", None)
+    return isinstance(tapped, TappedOutput) and tapped.injects
+
+
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output: Tensor, scalar: Tensor, tapped: TappedOutput) -> Tensor:
@@ -154,16 +165,6 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return ctx.tapped.taps.send_back(ctx.tapped, gradient), None, None
-
-
-class _Keep(torch.autograd.Function):
-    """A node that saves a tensor as autograd does, so that checkpointing drops and recomputes it, and that no graph
-    leads to, so that its holder can let go of the tensor at any time."""
-
-    @staticmethod
-    def forward(ctx, tensor: Tensor, scalar: Tensor) -> Tensor:
-        ctx.save_for_backward(tensor)
-        return tensor.new_empty(0)
 
 
 class _Hook:

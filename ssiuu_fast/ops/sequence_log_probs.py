@@ -62,6 +62,8 @@ class SequenceLogProbs(torch.autograd.Function):
             chosen = chunk.gather(-1, targets[:, span, None]).squeeze(-1)
             token_log_probs[:, span] = chosen - normalisers[:, span]
         ctx.save_for_backward(logits, targets, counted, normalisers)
+        # samples and tokens, before the shift
+        ctx.batch_shape = (logits.shape[0], logits.shape[1] + 1)
         # an ignored position may hold inf or NaN logits (padding of a masked row): it must not reach the sum
         return token_log_probs.masked_fill(~counted, 0.0).sum(dim=1)
 
@@ -79,6 +81,10 @@ class SequenceLogProbs(torch.autograd.Function):
             chunk.masked_fill_(~counted[:, span, None], 0.0)
             gradient[:, span] = chunk
         return gradient, None, None
+
+
+# their output is a number for each sample, in the batch's order, and their nodes in a graph have a batch_shape
+ROW_FUNCTIONS = (SequenceLogProbs,)
 
 
 def _spans(logits: Tensor) -> list[slice]:
