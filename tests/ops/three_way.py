@@ -4,14 +4,18 @@ import pytest
 import torch
 
 
-def assert_three_way(kernel, transcribed, truth, what):
-    """The kernel's largest error is at most torch's, but for the one rounding to the dtype of storage."""
+def assert_three_way(kernel, transcribed, truth, what, magnitude=0.0):
+    """The kernel's largest error is at most torch's, but for the one rounding to the dtype of storage.
+
+    magnitude: of sums that are added in an order of their own, all terms without their signs; one rounding in float32.
+    """
     if not kernel.numel():
         return
     kernel, transcribed, truth = (tensor.flatten() for tensor in (kernel, transcribed, truth))
     error = (kernel.double() - truth).abs()
     worst = error.argmax()
     rounding = torch.finfo(kernel.dtype).eps * truth.abs().max() + torch.finfo(kernel.dtype).tiny
+    rounding = rounding + torch.finfo(torch.float32).eps * magnitude
     bound = (transcribed.double() - truth).abs().max() + rounding
     assert error[worst] <= bound, (
         f"{what}, worst at {worst.item()}: {kernel[worst].item()} for {truth[worst].item()},"
