@@ -101,10 +101,18 @@ def truth_of(case, weights=None):
     return torch.einsum("b,btn,btk->nk", double.weights if weights is None else weights.double(), gradient, input)
 
 
-def magnitude_of(case):
-    """The largest sum of what is added without regard to signs."""
+def rounding_of(case, scaled_operand=False):
+    """By how much a sum in float32, in an order of its own, may be off.
+
+    scaled_operand: the products are of operands of which one was rounded, and are rounded before they are added to out.
+    """
+    if not all(case.shape):
+        return 0.0
     absolute = case._replace(gradient=case.gradient.abs(), input=case.input.abs(), weights=case.weights.abs())
-    return truth_of(absolute).max() if all(case.shape) else torch.zeros(())
+    roundings = 4 * torch.finfo(torch.float32).eps
+    if scaled_operand:
+        roundings += torch.finfo(case.gradient.dtype).eps
+    return roundings * truth_of(absolute).max()
 
 
 def transcribed(case):
