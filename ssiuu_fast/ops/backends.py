@@ -17,14 +17,15 @@ except ImportError as error:
 else:
     _cpp_reason = ""
 
-# auto tries them in this order
-BACKENDS = ("cuda", "cpp", "triton", "reference")
+# auto tries them in this order; library is torch's own matrix products
+BACKENDS = ("library", "cuda", "cpp", "triton", "reference")
 
-# which backends have a kernel for an operator; the reference serves every one
+# which backends have a form of an operator beside the reference, which serves every one
 KERNELS = {
     "penalty_": ("cuda", "cpp", "triton"),
     "neuron_attribution": ("cuda", "cpp", "triton"),
     "neuron_penalty": ("cuda", "cpp", "triton"),
+    "weighted_weight_gradient": ("library",),
 }
 
 
@@ -43,6 +44,7 @@ def availability() -> list[Availability]:
     """
     return [
         Availability("reference", True, f"torch {torch.__version__}, every device"),
+        Availability("library", True, f"torch {torch.__version__}, every device; for weight gradients"),
         _cpp_availability(),
         _cuda_availability(),
         _triton_availability(),
@@ -52,7 +54,7 @@ def availability() -> list[Availability]:
 def choose(backend: str, operator: str, device: torch.device, *, double: bool = False) -> str:
     """Return the backend that runs `operator` on `device`; raise with the reason if the one asked for can't.
 
-    double: the tensors are float64, which only "reference" and "cpp" compute.
+    double: the tensors are float64, which only "reference", "library" and "cpp" compute.
     """
     if backend == "auto":
         return next(name for name in BACKENDS if not _obstacle(name, operator, device, double))
@@ -72,6 +74,8 @@ def _obstacle(backend, operator, device, double):
         return ""
     if backend not in KERNELS[operator]:
         return f"there is no {backend} kernel of {operator} yet"
+    if backend == "library":
+        return ""
     if backend == "cpp":
         return _cpp_reason if device.type == "cpu" else f"it works on CPU tensors, these are on {device}"
     if double:

@@ -12,6 +12,8 @@ from ssiuu_fast.ops.checks import check_written
 from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, run_neuron_attribution
 from ssiuu_fast.ops.neuron_penalty import NeuronPenalty, attribution_form, run_neuron_penalty
 from ssiuu_fast.ops.penalty import Options, PenaltyResult, run_penalty_
+from ssiuu_fast.ops.weight_gradient_input import selected
+from ssiuu_fast.ops.weighted_weight_gradient import run_weighted_weight_gradient
 
 # Forms that mutate can be compiled wrongly (pytorch issue 198031). The schemas are written out: torch 2.6 can't read
 # them off list[Tensor].
@@ -171,8 +173,34 @@ def traced_neuron_penalty(hidden, gradient, reference, mask, weight, per_sample,
     return NeuronPenalty(gradient, *sums)
 
 
+@torch.library.custom_op(
+    "ssiuu_fast::weighted_weight_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor input, Tensor weights, str backend) -> Tensor",
+)
+def weighted_weight_gradient(gradient, input, weights, backend):
+    """weighted_weight_gradient of all samples that it is given."""
+    return run_weighted_weight_gradient(gradient, input, weights, None, None, backend)
+
+
+@weighted_weight_gradient.register_fake
+def _(gradient, input, weights, backend):
+    return gradient.new_empty(gradient.shape[-1], input.shape[-1])
+
+
+def traced_weighted_weight_gradient(gradient, input, weights, rows, out, backend) -> Tensor:
+    """weighted_weight_gradient in a traced graph; float32 `out` receives what is rounded to the dtype of gradient."""
+    if out is not None:
+        check_written(out, "out")
+    with torch.no_grad():
+        chosen = selected(rows, gradient, input, weights)
+        result = torch.ops.ssiuu_fast.weighted_weight_gradient(*chosen, backend)
+        return result if out is None else out.add_(result)
+
+
 def _mark_results(ctx, inputs, output):
-    lists = [result if isinstance(result, list) else [result] for result in output]
+    results = output if isinstance(output, tuple) else (output,)
+    lists = [result if isinstance(result, list) else [result] for result in results]
     ctx.mark_non_differentiable(*(tensor for tensors in lists for tensor in tensors))
 
 
@@ -181,7 +209,7 @@ def _no_backward(ctx, *gradients):
 
 
 # without these, results would ask for a backward that there isn't wherever an input requires grad
-for _operator in (penalty, neuron_attribution, neuron_penalty):
+for _operator in (penalty, neuron_attribution, neuron_penalty, weighted_weight_gradient):
     _operator.register_autograd(_no_backward, setup_context=_mark_results)
 
 

@@ -36,9 +36,10 @@ def built_with_cuda(monkeypatch):
 
 def test_auto_takes_the_fastest_that_fits_the_device(monkeypatch, built_with_cuda):
     monkeypatch.setattr(backends, "_has_triton", lambda: True)
-    for operator in backends.KERNELS:
+    operators = [operator for operator, kernels in backends.KERNELS.items() if "library" not in kernels]
+    for operator in operators:
         assert backends.choose("auto", operator, CPU) == "cpp"
-    for operator in backends.KERNELS:
+    for operator in operators:
         monkeypatch.setattr(backends, "_has_triton", lambda: True)
         built_with_cuda("")
         assert backends.choose("auto", operator, CUDA) == "cuda"
@@ -48,6 +49,16 @@ def test_auto_takes_the_fastest_that_fits_the_device(monkeypatch, built_with_cud
         assert backends.choose("auto", operator, CUDA) == "triton"
         monkeypatch.setattr(backends, "_has_triton", lambda: False)
         assert backends.choose("auto", operator, CUDA) == "reference"
+
+
+def test_auto_takes_the_librarys_products_on_every_device(monkeypatch, built_with_cuda):
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    built_with_cuda("")
+    for device in (CPU, CUDA, MPS):
+        for double in (False, True):
+            assert backends.choose("auto", "weighted_weight_gradient", device, double=double) == "library"
+    with pytest.raises(RuntimeError, match="there is no library kernel of penalty_ yet"):
+        backends.choose("library", "penalty_", CPU)
 
 
 def cuda_row():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from ssiuu_fast.ops import Blockwise8, neuron_attribution, neuron_penalty, penalty_
+from ssiuu_fast.ops import Blockwise8, neuron_attribution, neuron_penalty, penalty_, weighted_weight_gradient
 
 OPERATORS = torch.ops.ssiuu_fast
 SINGLE = [torch.float32, torch.bfloat16, torch.float16]
@@ -87,6 +87,27 @@ def test_neuron_operators_are_sound(dtype, masked, strided):
         arguments = (hidden, gradient, given, mask, 0.5, weight, per_sample, one_sided, "auto")
         opcheck(OPERATORS.neuron_penalty, arguments)
         assert not any(tensor.requires_grad for tensor in OPERATORS.neuron_penalty(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [*SINGLE, torch.float64])
+def test_weighted_weight_gradient_is_a_sound_operator(dtype):
+    hidden, gradient, _, _ = neurons(dtype, strided=True)
+    weights = torch.randn(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    input = hidden[..., :3].requires_grad_()
+    opcheck(OPERATORS.weighted_weight_gradient, (gradient, input, weights, "auto"))
+    assert not OPERATORS.weighted_weight_gradient(gradient, input, weights, "auto").requires_grad
+
+
+def test_weighted_weight_gradient_in_a_graph():
+    gradient, input, weights = torch.randn(5, 3, 4), torch.randn(5, 3, 6), torch.randn(5)
+    for rows in (None, slice(1, 4), torch.tensor([3, 0])):
+        for out in (None, torch.randn(4, 6)):
+            compiled = torch.compile(weighted_weight_gradient, fullgraph=True, backend="aot_eager")
+            given = [None if out is None else out.clone() for _ in range(2)]
+            eager = weighted_weight_gradient(gradient, input, weights, rows=rows, out=given[0])
+            traced = compiled(gradient, input, weights, rows=rows, out=given[1])
+            torch.testing.assert_close(traced, eager)
+            assert out is None or torch.equal(given[1], traced)
 
 
 @pytest.mark.parametrize("name", ["neuron_attribution", "neuron_penalty", "penalty"])
