@@ -244,14 +244,15 @@ class UnlearningTrainer(Trainer):
         if self._is_broken(log_probs):
             self.flow.divergence = "a log-probability of the forget batch is not a number"
             return torch.zeros_like(loss, dtype=torch.float32)
-        if self.regularizer is not None:
-            self._penalise(log_probs, part)
-        self._send_back(loss)
+        if self.regularizer is None:
+            self._scaled(loss).backward()
+        else:
+            self._send_back_penalised(loss, log_probs, part)
         self._step_log.add_share("forget_nll", -log_probs.detach().sum() / part.forget_totals.tokens)
         total = loss.detach()
         if part.retain is not None:
             loss = self.objective.retain_loss(model, part.retain, part.retain_totals)
-            self._send_back(loss)
+            self._scaled(loss).backward()
             self._step_log.add_share("retain_loss", loss)
             total = total + loss.detach()
         if part.last:
@@ -262,7 +263,7 @@ class UnlearningTrainer(Trainer):
         # the Trainer takes the mean over ranks of what is a sum
         return total.float() * self.ranks.size
 
-    def _penalise(self, log_probs: Tensor, part: Part) -> None:
+    def _send_back_penalised(self, loss: Tensor, log_probs: Tensor, part: Part) -> None:
         try:
             self.regularizer.backward(
                 log_probs,
@@ -270,14 +271,16 @@ class UnlearningTrainer(Trainer):
                 scale=self._scale,
                 token_counts=part.token_counts,
                 sample_ids=part.sample_ids,
+                loss=self._scaled(loss),
             )
         except FloatingPointError as error:
             # the other ranks may not know: go on to the end of the step, which is then not taken
             self.flow.divergence = str(error)
 
-    def _send_back(self, loss: Tensor) -> None:
+    def _scaled(self, loss: Tensor) -> Tensor:
         # losses are parts of a sum over ranks, and wrapped models take the mean
-        self.accelerator.backward(loss * self.ranks.size)
+        loss = loss * self.ranks.size
+        return loss if self._scaler is None else self._scaler.scale(loss)
 
     def _is_broken(self, log_probs: Tensor) -> bool:
         if self.flow.divergence is not None:

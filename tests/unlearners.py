@@ -1,7 +1,7 @@
 """A tiny model with tokenised rows, and trainers on it: what the tests of the unlearning loop share."""
 
 import torch
-from tiny import batch, log_probs_of, tiny_llama
+from tiny import batch, exactly, log_probs_of, tiny_llama
 
 from ssiuu_fast.data.collate import Encoded
 from ssiuu_fast.trainer import UnlearningTrainer
@@ -54,7 +54,7 @@ def config(folder, **options):
 def trainer(folder, *, model=None, forget=None, retain=None, callbacks=None, scored=True, **options):
     """10 rows to forget and 7 to retain, unless others are given."""
     return UnlearningTrainer(
-        tiny_llama() if model is None else model,
+        exactly(tiny_llama()) if model is None else model,
         config(folder, **options),
         forget=rows(10) if forget is None else forget,
         retain=rows(7, seed=1) if retain is None else retain,
