@@ -17,6 +17,7 @@ class NeuronStep:
 
     # the target's own pass tells the attributions that the loss's then needs
     road = "two backwards: attributions of neurons are needed before the loss is sent back"
+    kept_rows = None
 
     def __init__(self, grain, scale: float, weight: float | None):
         self.scale = scale

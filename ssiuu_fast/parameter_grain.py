@@ -203,8 +203,9 @@ class ParameterStep:
 
     def __init__(self, grain: ParameterGrain, scale: float, weight: float | None):
         self.scale = scale
-        # how the last micro-batch's g was had
+        # how the last micro-batch's g was had, and from how many rows in one pass
         self.road = ""
+        self.kept_rows: int | None = None
         self._grain = grain
         self._weight = weight
         self._gradients: Gradients = [None] * len(grain.names)
@@ -219,6 +220,7 @@ class ParameterStep:
         if batch.loss is not None:
             plan = self._grain.plan(batch, self.scale)
             self.road = plan.road
+            self.kept_rows = None if plan.reason else len(plan.kept)
             if not plan.reason:
                 self._share(batch, plan)
                 return True

@@ -141,6 +141,8 @@ class SSIUURegularizer:
         self._roads_told: set[str] = set()
         # how g of the last micro-batch was had: "one backward", or "two backwards" with the reason
         self.road = ""
+        # in one backward: how many rows of the last micro-batch had a part in g
+        self.kept_rows: int | None = None
         self._start(step=0, weight=self._literal_weight, ratios=[])
 
     def backward(
@@ -226,6 +228,7 @@ class SSIUURegularizer:
         sent_back = step.add(MicroBatch(target, len(log_probs), underflows, sample_ids, last, loss))
         if loss is not None:
             self._tell_road(step.road)
+            self.kept_rows = step.kept_rows
         if not last:
             self._open_step = step
             return log_probs.new_zeros(()), sent_back

@@ -84,6 +84,9 @@ class SharedBackward:
             if self._reached(top, node):
                 return Plan(f"the {what} depends on the model by other ways than log_probs")
         survey = self._survey(node)
+        engines.refuse_missing(
+            target, len(survey.uses), len(self._parameters), "regularised parameters", "wrapped, sharded or frozen"
+        )
         if survey.injected:
             return Plan("another regulariser adds to this graph's gradients")
         edges = [GradientEdge(node, 0)]
@@ -129,7 +132,9 @@ class SharedBackward:
 
     def _reached(self, top: Tensor, node) -> bool:
         """Whether a regularised parameter is reached from here by a way that isn't through the node."""
-        return any(id(getattr(other, "variable", None)) in self._indices for other in engines.nodes([top.grad_fn], stop=node))
+        return any(
+            id(getattr(other, "variable", None)) in self._indices for other in engines.nodes([top.grad_fn], stop=node)
+        )
 
     def _survey(self, node) -> "_Survey":
         survey = _Survey()

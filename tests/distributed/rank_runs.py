@@ -28,6 +28,8 @@ class Case:
     no_sync: bool = False
     checkpointing: bool = False
     route: bool = False
+    # on the ranks; the one process always takes two passes
+    one_backward: bool = False
 
 
 class Routed(nn.Module):
@@ -108,6 +110,7 @@ class Run:
         make = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case.optimizer]
         self.optimizer = make(self.inner.parameters(), lr={"sgd": 1e-2, "adamw": 1e-3}[case.optimizer])
         self.figures = []
+        self.roads = set()
 
     def share(self, rows):
         """This rank's rows, micro-batch by micro-batch."""
@@ -133,8 +136,13 @@ class Run:
             quiet = self.model.no_sync() if case.no_sync and self.rank is not None and not last else nullcontext()
             with quiet:
                 log_probs = log_probs_of(self.model, some)
-                penalty = self.regularizer.backward(log_probs, last=last, scale=case.scale)
-                (case.scale * mean * log_probs.sum() / tokens).backward()
+                loss = case.scale * mean * log_probs.sum() / tokens
+                if case.one_backward and self.rank is not None:
+                    penalty = self.regularizer.backward(log_probs, last=last, scale=case.scale, loss=loss)
+                    self.roads.add(self.regularizer.road)
+                else:
+                    penalty = self.regularizer.backward(log_probs, last=last, scale=case.scale)
+                    loss.backward()
         if self.regularizer.relative_weight is not None:
             self.regularizer.after_backward(case.scale)
         for p in self.inner.parameters():
@@ -181,6 +189,9 @@ class Run:
             self.set_reference()
         for number in range(self.case.steps):
             self.step(number)
+        if self.case.one_backward and self.rank is not None:
+            expected = "two backwards: under FSDP2" if self.case.engine == "fsdp2" else "one backward"
+            assert all(road.startswith(expected) for road in self.roads), self.roads
         return self.weights(), self.figures
 
 

@@ -17,6 +17,15 @@ CASES = {
     "ddp calibration": Case(options={"relative_weight": 3.0}),
     "ddp initial, every": Case(options={"reference": "initial", "every": 2}),
     "ddp routed": Case(route=True, wrapper={"find_unused_parameters": True}),
+    "ddp one backward": Case(one_backward=True),
+    "ddp one backward, no_sync, scale": Case(one_backward=True, micro_batches=2, no_sync=True, scale=1024.0),
+    "ddp one backward, micro-batches": Case(one_backward=True, micro_batches=2),
+    "ddp one backward, calibration, buckets": Case(
+        one_backward=True, options={"relative_weight": 3.0}, wrapper={"gradient_as_bucket_view": True}
+    ),
+    "ddp one backward, routed": Case(one_backward=True, route=True, wrapper={"find_unused_parameters": True}),
+    "ddp one backward, fp32": Case(one_backward=True, **FP32),
+    "fsdp2 falls back": Case(engine="fsdp2", one_backward=True),
     "fsdp2": Case(engine="fsdp2"),
     "fsdp2 fp32": Case(engine="fsdp2", **FP32),
     "fsdp2 micro-batches, scale": Case(engine="fsdp2", micro_batches=2, scale=1024.0),

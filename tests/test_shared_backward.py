@@ -1,0 +1,535 @@
+"""One backward pass for loss and target gives the numbers of two, over objectives, models and loops; or says why not."""
+
+import copy
+
+import pytest
+import torch
+from plain_objectives import encoded, moved, totals
+from steps import WEIGHT, assert_close, gradients
+from test_peft import lora
+from tiny import batch, exactly, log_probs_of, part, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_model
+from torch import nn
+
+from ssiuu_fast import SSIUURegularizer, answer_token_counts, sequence_log_probs, shared_backward
+from ssiuu_fast.data.collate import collate
+from ssiuu_fast.objectives import make_objective
+from ssiuu_fast.objectives.objective import ForgetBatch
+from ssiuu_fast.objectives.reference import reference_log_probs
+from ssiuu_fast.ops import Blockwise8
+
+ONE = "one backward"
+ROWS = 8
+MODELS = {
+    "llama": lambda dtype=torch.float64: exactly(tiny_llama(dtype)),
+    "qwen2": lambda dtype=torch.float64: exactly(tiny_model("qwen2", dtype)),
+    "gpt2": tiny_gpt2,
+}
+
+
+class Unlearning:
+    """Two steps of an objective, with two passes for each micro-batch or with one."""
+
+    def __init__(self, model, one, objective="gd", micro_batches=1, retain=True, **options):
+        self.model, self.one, self.micro_batches = model, one, micro_batches
+        self.objective = make_objective(objective)
+        self.retain = retain and self.objective.needs_retain
+        self.regularizer = SSIUURegularizer(model, **({"weight": WEIGHT} | options))
+        self.penalties, self.roads = [], []
+        self.reference = None
+        if self.objective.needs_reference:
+            _, start = moved(copy.deepcopy(model), 1.0)
+            rows = encoded(batch(ROWS, seed=1)) + encoded(batch(ROWS, seed=2))
+            self.reference = reference_log_probs(start, rows, None)
+
+    def step(self, autocast=False):
+        forget, refusals = batch(ROWS, seed=1), batch(ROWS, seed=2)
+        size = ROWS // self.micro_batches
+        for index in range(self.micro_batches):
+            chosen = list(range(index * size, (index + 1) * size if index < self.micro_batches - 1 else ROWS))
+            rows = part(forget, chosen[0], chosen[-1] + 1)
+            counts, count = answer_token_counts(rows["labels"]), len(chosen)
+            if self.objective.needs_refusals:
+                rows = collate(encoded(rows) + encoded(part(refusals, chosen[0], chosen[-1] + 1)))
+                chosen += [place + ROWS for place in chosen]
+            reference = None if self.reference is None else self.reference[chosen]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss, log_probs = self.objective.forget_loss(
+                    self.model, ForgetBatch(rows, count, reference), totals(forget)
+                )
+            how = {"last": index == self.micro_batches - 1, "token_counts": counts}
+            if self.one:
+                penalty = self.regularizer.backward(log_probs, loss=loss, **how)
+                self.roads.append(self.regularizer.road)
+            else:
+                penalty = self.regularizer.backward(log_probs, **how)
+                loss.backward()
+        if self.retain:
+            retain = batch(ROWS, seed=3)
+            self.objective.retain_loss(self.model, retain, totals(retain)).backward()
+        if self.regularizer.relative_weight is not None:
+            self.regularizer.after_backward()
+        self.penalties.append(penalty.item())
+
+    def steps(self, count=2, **how):
+        """The gradient of the last one; between two the weights move a little."""
+        for number in range(count):
+            if number:
+                self.model.zero_grad()
+                with torch.no_grad():
+                    for parameter in self.model.parameters():
+                        if parameter.requires_grad:
+                            parameter.mul_(1.01)
+            self.step(**how)
+        return gradients(self.model)
+
+
+def both(make, bound=1e-9, count=2, roads=(ONE,), **options):
+    """Asserts that one pass gives what two give; the run with one."""
+    two, one = Unlearning(make(), False, **options), Unlearning(make(), True, **options)
+    expected, found = two.steps(count), one.steps(count)
+    assert set(one.roads) == set(roads)
+    assert one.penalties[-1] > 0
+    assert one.penalties == pytest.approx(two.penalties, rel=10 * bound)
+    _close(found, expected, bound)
+    for name, reference in two.regularizer.state_dict()["references"].items():
+        ours = one.regularizer.state_dict()["references"][name]
+        if reference.dtype == torch.float64:
+            assert (ours - reference).abs().max() <= bound * reference.abs().max(), name
+    for figure in ("negative_share", "underflows", "nonfinite", "absent"):
+        assert getattr(one.regularizer.last_step, figure) == getattr(two.regularizer.last_step, figure)
+    return one
+
+
+def _close(found, expected, bound):
+    assert [name for name in found if found[name] is None] == [name for name in expected if expected[name] is None]
+    kept = {name: gradient for name, gradient in expected.items() if gradient is not None}
+    assert_close({name: found[name] for name in kept}, kept, bound)
+
+
+@pytest.mark.parametrize(("objective", "micro_batches"), [("ga", 1), ("gd", 3), ("npo", 8), ("simnpo", 3), ("dpo", 1)])
+@pytest.mark.parametrize("kind", MODELS)
+def test_fp64(kind, objective, micro_batches):
+    both(MODELS[kind], objective=objective, micro_batches=micro_batches)
+
+
+@pytest.mark.parametrize(("objective", "micro_batches"), [("gd", 8), ("npo", 1), ("dpo", 3)])
+@pytest.mark.parametrize("kind", MODELS)
+def test_fp32(kind, objective, micro_batches):
+    both(lambda: MODELS[kind](torch.float32), objective=objective, micro_batches=micro_batches, bound=1e-5)
+
+
+@pytest.mark.parametrize("target", ["probability", "log_probability", "mean_token_probability"])
+@pytest.mark.parametrize(("kind", "micro_batches"), [("llama", 1), ("qwen2", 3), ("gpt2", 8)])
+def test_bf16_is_no_further_from_the_truth_than_two_passes(kind, micro_batches, target):
+    """Weights rounded to bf16; the truth is two passes over them in fp32."""
+
+    def made(dtype):
+        return MODELS[kind](torch.float32).to(torch.bfloat16).to(dtype)
+
+    options = {"target": target, "micro_batches": micro_batches, "state_dtype": torch.float32}
+    truth = Unlearning(made(torch.float32), False, **options).steps()
+    two = Unlearning(made(torch.bfloat16), False, **options).steps()
+    one = Unlearning(made(torch.bfloat16), True, **options)
+    found = one.steps()
+    assert set(one.roads) == {ONE}
+    # a bound on the whole gradient: of single elements one or the other is nearer by chance
+    errors = [
+        sum((some[name].double() - truth[name]).square().sum() for name in truth).sqrt().item() for some in (found, two)
+    ]
+    size = sum(gradient.double().square().sum() for gradient in truth.values()).sqrt().item()
+    assert errors[0] <= 1.25 * errors[1] + 2**-9 * size
+
+
+@pytest.mark.parametrize("target", ["log_probability", "mean_token_probability"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_targets(target, micro_batches):
+    both(MODELS["llama"], objective="npo", target=target, micro_batches=micro_batches)
+
+
+OPTIONS = {
+    "initial": {"reference": "initial"},
+    "one-sided": {"one_sided": True, "count": 3},
+    "every": {"every": 2, "count": 3},
+    "calibrated": {"weight": 0.0, "relative_weight": 3.0, "count": 7},
+    "chosen": {"parameters": ["*q_proj.weight", "*layers.1*down_proj.weight"]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.filterwarnings("ignore:reference='initial'", "ignore:the penalty was")
+def test_options(name):
+    options = dict(OPTIONS[name])
+    roads = ("", ONE) if "every" in options else (ONE,)
+    run = both(MODELS["llama"], micro_batches=3, roads=roads[-1:], **options)
+    assert run.regularizer.weight > 0
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_checkpointing(micro_batches):
+    def make():
+        model = MODELS["llama"]()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    both(make, micro_batches=micro_batches)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3, 8])
+def test_lora(micro_batches):
+    run = both(lora, micro_batches=micro_batches)
+    assert all("lora_" in name for name in run.regularizer.parameter_names)
+
+
+def test_autocast_is_as_near_as_two_passes():
+    options = {"target": "mean_token_probability"}
+    truth = Unlearning(MODELS["llama"](torch.float32), False, **options).steps()
+    runs = [Unlearning(MODELS["llama"](torch.float32), one, **options) for one in (True, False)]
+    found, two = (run.steps(autocast=True) for run in runs)
+    assert set(runs[0].roads) == {ONE}
+    errors = [sum((some[n] - truth[n]).square().sum() for n in truth).sqrt() for some in (found, two)]
+    assert errors[0] <= 1.25 * errors[1]
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+
+
+def test_biases_and_frozen_modules():
+    def make():
+        model = tiny_gpt2()
+        model.transformer.h[0].requires_grad_(False)
+        return model
+
+    run = both(make, micro_batches=3, parameters=["*h.*.attn.c_*", "*mlp*"])
+    assert any(name.endswith("bias") for name in run.regularizer.parameter_names)
+    assert not any(".h.0." in name for name in run.regularizer.parameter_names)
+
+
+def test_a_module_that_is_used_twice():
+    def make():
+        model = MODELS["llama"]()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+        return model
+
+    both(make)
+    both(make, micro_batches=3)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_forget_and_retain_rows_may_share_a_forward_pass(shuffled):
+    """Rows are told apart by the graph, in whatever order they lie."""
+    both_rows = {name: torch.cat([batch(4, seed=1)[name], batch(4, seed=3)[name]]) for name in batch(4)}
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)) if shuffled else torch.arange(8)
+    found = []
+    for one in (False, True):
+        model = MODELS["llama"]()
+        regularizer = SSIUURegularizer(model, weight=WEIGHT)
+        for _ in range(2):
+            model.zero_grad()
+            rows = {name: tensor[order] for name, tensor in both_rows.items()}
+            log_probs = log_probs_of(model, rows)[order.argsort()]
+            forget, retain = log_probs[:4], log_probs[4:]
+            loss = forget.sum() / 9 - retain.sum() / 11
+            if one:
+                regularizer.backward(forget.flip(0), loss=loss)
+                assert regularizer.road == ONE
+            else:
+                regularizer.backward(forget)
+                loss.backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.01)
+        found.append(gradients(model))
+    assert_close(found[1], found[0])
+
+
+def test_grad_that_holds_something_is_added_to():
+    make = MODELS["llama"]
+    expected = both(make).model
+    run = Unlearning(make(), True)
+    run.step()
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.mul_(1.01)
+            parameter.grad = torch.full_like(parameter, 0.25)
+    held = [parameter.grad for parameter in run.model.parameters()]
+    run.step()
+    assert all(p.grad is tensor for p, tensor in zip(run.model.parameters(), held, strict=True))
+    assert_close({n: g - 0.25 for n, g in gradients(run.model).items()}, gradients(expected), bound=1e-8)
+
+
+def test_8_bit_references_have_the_same_codes():
+    runs = [Unlearning(MODELS["llama"](torch.float32), one, state_dtype="8bit", weight=1e4) for one in (True, False)]
+    for run in runs:
+        run.steps()
+    ours, theirs = (run.regularizer.state_dict()["references"] for run in runs)
+    assert isinstance(runs[0].regularizer._grain._references.tensors.popitem()[1], Blockwise8)
+    for name, tensor in theirs.items():
+        # a code more or less where rounding differs
+        assert (ours[name].float() - tensor.float()).abs().max() <= (1 if "codes" in name else 1e-5), name
+
+
+class Products:
+    """Counts the products of g."""
+
+    def __init__(self, monkeypatch):
+        self.rows = []
+        product = shared_backward.weighted_weight_gradient
+
+        def counted(gradient, input, weights, *, rows=None, out=None):
+            kept = range(len(weights)) if rows is None else torch.arange(len(weights))[rows].tolist()
+            self.rows.append(list(kept))
+            return product(gradient, input, weights, rows=rows, out=out)
+
+        monkeypatch.setattr(shared_backward, "weighted_weight_gradient", counted)
+
+
+def unlikely(model, rows, chosen):
+    """Labels of which the chosen rows' are certain to be wrong: P is under 1e-16."""
+    with torch.no_grad():
+        # token 5 gets its logit from a bias of -80
+        model.lm_head.bias = nn.Parameter(torch.zeros(48, dtype=model.lm_head.weight.dtype))
+        model.lm_head.bias[5] = -80.0
+    labels = rows["labels"].where(rows["labels"] != 5, 6)
+    for row in chosen:
+        labels[row][labels[row] != -100] = 5
+    return rows | {"labels": labels}
+
+
+@pytest.mark.parametrize("chosen", [[0, 1], [2], [1, 3], [0, 1, 2, 3, 4]])
+def test_rows_without_a_part_are_not_computed(chosen, monkeypatch):
+    products = Products(monkeypatch)
+    kept = [row for row in range(5) if row not in chosen]
+    found = []
+    for one in (False, True):
+        model = MODELS["llama"]()
+        regularizer = SSIUURegularizer(model, weight=WEIGHT)
+        for seed in range(2):
+            model.zero_grad()
+            rows = unlikely(model, batch(seed=seed), chosen)
+            log_probs = log_probs_of(model, rows)
+            assert (log_probs.detach().exp() < shared_backward.NEGLIGIBLE).nonzero().flatten().tolist() == chosen
+            loss = log_probs.sum() / 9
+            if one:
+                regularizer.backward(log_probs, loss=loss)
+                assert (regularizer.road, regularizer.kept_rows) == (ONE, len(kept))
+            else:
+                regularizer.backward(log_probs)
+                loss.backward()
+        references = regularizer.state_dict()["references"]
+        found.append((gradients(model), references, regularizer.last_step))
+    assert_close(found[1][0], found[0][0], 1e-12 if kept else 1e-9)
+    assert products.rows == [kept] * (2 * 14 if kept else 0)
+    if not kept:
+        assert all(not reference.any() for reference in found[1][1].values())
+        assert (found[1][2].penalty, found[1][2].absent) == (0.0, 0)
+
+
+def test_equal_ratios_need_no_product(monkeypatch):
+    products = Products(monkeypatch)
+    both(MODELS["llama"], target="log_probability", objective="ga")
+    both(MODELS["llama"], micro_batches=8)
+    assert not products.rows
+    both(MODELS["llama"], objective="ga")
+    assert products.rows
+
+
+def test_inputs_are_let_go_of_when_the_loss_was_sent_back():
+    model = MODELS["llama"]()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT)
+    for loss_of in (lambda log_probs: log_probs.sum(), lambda log_probs: (log_probs * torch.arange(5)).sum()):
+        log_probs = log_probs_of(model, batch())
+        calls = _calls(regularizer, log_probs)
+        assert len(calls) == 14
+        assert all(call._input is not None for call in calls)
+        regularizer.backward(log_probs, loss=loss_of(log_probs))
+        assert all(call._input is None for call in calls)
+    # a pass that isn't ours
+    log_probs = log_probs_of(model, batch())
+    calls = _calls(regularizer, log_probs)
+    log_probs.sum().backward(retain_graph=True)
+    assert all(call._input is not None for call in calls)
+    log_probs.sum().backward()
+    assert all(call._input is None for call in calls)
+
+
+def _calls(regularizer, log_probs):
+    (node,) = shared_backward._row_nodes(log_probs)
+    return regularizer._grain._shared._survey(node).calls
+
+
+def test_a_copied_model_is_not_watched():
+    model = MODELS["llama"]()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT)
+    log_probs = log_probs_of(copy.deepcopy(model), batch())
+    assert not _calls(regularizer, log_probs)
+    with pytest.raises(RuntimeError, match="0 of 14 regularised parameters are in this graph"):
+        regularizer.backward(log_probs, loss=log_probs.sum())
+    before = [len(module._forward_hooks) for module in model.modules()]
+    del regularizer
+    assert sum(len(module._forward_hooks) for module in model.modules()) == sum(before) - 14
+
+
+def hidden_loss(model, rows):
+    output = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_hidden_states=True)
+    log_probs = sequence_log_probs(output.logits, rows["labels"])
+    return log_probs, output.hidden_states[1].square().mean()
+
+
+def own_log_probs(model, rows):
+    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
+    steps = logits.log_softmax(-1).gather(-1, rows["labels"][:, 1:, None].clamp(min=0)).squeeze(-1)
+    log_probs = steps.masked_fill(rows["labels"][:, 1:] == -100, 0.0).sum(1)
+    return log_probs, log_probs.sum()
+
+
+def part_of_the_loss(model, rows):
+    log_probs = log_probs_of(model, rows)
+    return log_probs, log_probs[1:].sum()
+
+
+def also_elsewhere(model, rows):
+    log_probs = log_probs_of(model, rows)
+    return log_probs, log_probs.sum() + log_probs_of(model, batch(seed=9)).sum()
+
+
+def weight_decay(model, rows):
+    log_probs = log_probs_of(model, rows)
+    return log_probs, log_probs.sum() + model.model.layers[0].mlp.down_proj.weight.square().sum()
+
+
+REASONS = {
+    "the loss depends on the model by other ways": hidden_loss,
+    "come from 0 calls of sequence_log_probs": own_log_probs,
+    "row 0 has a part in the target and none in the loss": part_of_the_loss,
+    "the loss depends on the model by other ways than": also_elsewhere,
+    "the loss depends on the model by other ways than log_probs": weight_decay,
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_one_pass_cannot_do_takes_two(reason, caplog):
+    found = []
+    for one in (False, True):
+        model = MODELS["llama"]()
+        regularizer = SSIUURegularizer(model, weight=WEIGHT)
+        for seed in range(2):
+            model.zero_grad()
+            log_probs, loss = REASONS[reason](model, batch(seed=seed))
+            if one:
+                with caplog.at_level("INFO"):
+                    regularizer.backward(log_probs, loss=loss)
+            else:
+                regularizer.backward(log_probs)
+                loss.backward()
+        found.append(gradients(model))
+    assert regularizer.road.startswith("two backwards: ")
+    assert reason in regularizer.road
+    # once
+    assert sum(reason in message for message in caplog.messages) == 1
+    _close(found[1], found[0], 0.0)
+
+
+def stacked(model):
+    return SSIUURegularizer(model, weight=1.0, parameters=["*experts*", "*q_proj.weight"])
+
+
+MODEL_REASONS = {
+    "was given parameters": (
+        lambda: tiny_llama(torch.float32),
+        lambda model: SSIUURegularizer(model.named_parameters(), weight=1.0),
+    ),
+    "not, or not only, weights and biases": (tiny_mixtral, stacked),
+    "of neurons are needed": (
+        lambda: tiny_llama(torch.float32),
+        lambda model: SSIUURegularizer(model, weight=1.0, granularity="neuron"),
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", MODEL_REASONS)
+@pytest.mark.filterwarnings("ignore")
+def test_models_that_take_two_passes(reason):
+    make, regularize = MODEL_REASONS[reason]
+    found = []
+    for one in (False, True):
+        model = make()
+        regularizer = regularize(model)
+        for seed in range(2):
+            model.zero_grad()
+            log_probs = log_probs_of(model, batch(seed=seed))
+            loss = (log_probs * torch.arange(1, 6)).sum()
+            if one:
+                regularizer.backward(log_probs, loss=loss)
+            else:
+                regularizer.backward(log_probs)
+                loss.backward()
+        found.append(gradients(model))
+    assert reason in regularizer.road
+    _close(found[1], found[0], 0.0)
+
+
+def test_flattened_inputs_take_two_passes():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(6, 6, bias=False)])
+            self.embed, self.head = nn.Embedding(48, 6), nn.Linear(6, 48)
+
+        def forward(self, ids):
+            hidden = self.embed(ids)
+            return self.head(self.layers[0](hidden.flatten(0, 1)).view_as(hidden).tanh())
+
+    model = Flat()
+    regularizer = SSIUURegularizer(model, weight=1.0)
+    rows = batch()
+    log_probs = sequence_log_probs(model(rows["input_ids"]), rows["labels"])
+    regularizer.backward(log_probs, loss=log_probs.sum())
+    assert "layers.0 was given [45, 6], and the log-probs are of [5, 9]" in regularizer.road
+
+
+def test_an_error_in_the_loss_leaves_no_hook():
+    model = MODELS["llama"]()
+    regularizer = SSIUURegularizer(model, weight=WEIGHT)
+
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise ZeroDivisionError("on purpose")
+
+    handle = model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: Failing.apply(output))
+    log_probs = log_probs_of(model, batch())
+    with pytest.raises(ZeroDivisionError):
+        regularizer.backward(log_probs, loss=log_probs.sum())
+    handle.remove()
+    model.zero_grad()
+    log_probs_of(model, batch()).sum().backward()
+    expected = copy.deepcopy(model)
+    expected.zero_grad()
+    log_probs_of(expected, batch()).sum().backward()
+    assert_close(gradients(model), gradients(expected), 0.0)
+
+
+def test_two_regularisers_share_a_loss():
+    """What one adds to the gradients on their way is no part of the other's target."""
+    found = []
+    for one in (False, True):
+        model = MODELS["llama"]()
+        neurons = SSIUURegularizer(model, weight=WEIGHT, granularity="neuron")
+        parameters = SSIUURegularizer(model, weight=WEIGHT)
+        for seed in range(2):
+            model.zero_grad()
+            log_probs = log_probs_of(model, batch(seed=seed))
+            loss = log_probs.sum() / 9
+            neurons.backward(log_probs)
+            if one:
+                parameters.backward(log_probs, loss=loss)
+                # the first batch of neurons is compared with itself
+                assert seed == 0 or "another regulariser" in parameters.road
+            else:
+                parameters.backward(log_probs)
+                loss.backward()
+        found.append(gradients(model))
+    assert_close(found[1], found[0], 1e-12)
