@@ -34,18 +34,21 @@ def time_against_memory(path: Path, rows: list[StepRow]) -> None:
     write_csv(path, heads, numbers)
     if not seen:
         return
-    with picture(path, height=4.6) as axes:
-        for row in seen:
+    with picture(path, height=5.6) as axes:
+        # by number: names of contestants that are near each other would overlap
+        for place, row in enumerate(seen, start=1):
             low, median, high = row.time_ratio
             ours = row.contestant.startswith("one backward")
             colour = LOST if ours else PLAIN if row.contestant in ("gd", "gd compiled", "peer") else GAINED
-            x = row.above_gd_bytes_a_regularized_parameter
-            axes.errorbar(x, median, [[median - low], [high - median]], fmt="o", color=colour, elinewidth=1)
-            axes.annotate(row.contestant, (x, median), xytext=(5, 4), textcoords="offset points", fontsize=8)
+            x, error = row.above_gd_bytes_a_regularized_parameter, [[median - low], [high - median]]
+            label = f"{place}  {row.contestant}"
+            axes.errorbar(x, median, error, fmt="o", color=colour, elinewidth=1, label=label)
+            axes.annotate(str(place), (x, median), xytext=(5, 4), textcoords="offset points", fontsize=9)
         axes.axhline(1.0, color=PLAIN, linewidth=1, linestyle=":")
-        axes.margins(x=0.3, y=0.15)
+        axes.margins(0.15)
         axes.set_xlabel("peak above GD's, bytes a regularised parameter")
         axes.set_ylabel("time of a step, × GD")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.15), ncols=2, fontsize=8, handlelength=1.0)
         titled(axes, rows[0].case)
 
 
@@ -75,5 +78,5 @@ def against(path: Path, title: str, panels: list) -> None:
             axis.set_title(f"{line.held}{fit}", fontsize=9)
             axis.set_xlabel(line.unit)
             axis.set_ylabel("penalty, s a step")
-            axis.set_ylim(bottom=min(0.0, *line.seconds))
+            axis.set_ylim(min(0.0, *line.seconds), 1.12 * max(0.0, *line.seconds))
         titled(axes[0], title)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rows import now, quantiles, versions
 from step_case import SIZES, Case
-from step_report import WIDTHS
+from step_report import STATE_BYTES, WIDTHS
 from stopwatch import Stopwatch
 
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 32}
@@ -44,20 +44,27 @@ def linears_of(case: Case) -> list[Linear]:
     return [*attention, *mlp, Linear("head", shape["vocab_size"], hidden, 1)]
 
 
-# units of linear-layer work on the forget rows, beyond GD's forward, dX and dW: (products like dX, products like dW)
-PRODUCTS = {"gd": (0, 0), "two backwards": (1, 1), "one backward": (0, 1), "one backward, every=4": (0, 0.25)}
+# units of linear-layer work on the forget rows beyond GD's forward, dX and dW: (products like dX, products like dW)
+PRODUCTS = {
+    "gd": (0, 0),
+    "two backwards": (1, 1),
+    "one backward": (0, 1),
+    "one backward, 8-bit": (0, 1),
+    "one backward, every=4": (0, 0.25),
+}
 
 
-def elementwise_bytes(contestant: str, width: int, state: float) -> float:
-    """Bytes moved for each regularised parameter, beyond those of GD; docs/performance.md."""
-    whole = {
-        "gd": 0.0,
+def elementwise_bytes(contestant: str, width: int) -> float:
+    """Bytes moved for each regularised parameter beyond those of GD; docs/performance.md."""
+    state = STATE_BYTES.get(contestant, width)
+    if contestant == "gd":
+        return 0.0
+    if contestant == "two backwards":
         # g is written, the pass reads g, φ, reference and writes g, reference, and the loss is added to it
-        "two backwards": width + (3 * width + 2 * state) + 3 * width,
-        # g is written by its product, the pass reads g, φ, reference, dW and writes reference, dW
-        "one backward": width + 4 * width + 2 * state,
-    }
-    return whole["one backward"] / 4 if contestant.endswith("every=4") else whole[contestant]
+        return width + (3 * width + 2 * state) + 3 * width
+    # g is written by its product, the pass reads g, φ, reference, dW and writes reference, dW
+    whole = width + 4 * width + 2 * state
+    return whole / 4 if contestant.endswith("every=4") else whole
 
 
 def adamw_bytes(width: int) -> int:
@@ -101,7 +108,7 @@ def median_time(stopwatch, call, rounds: int) -> float:
     return quantiles([stopwatch.call_time(call) for _ in range(max(3, rounds))])[1]
 
 
-def least_seconds(case: Case, contestant: str, speeds: Speeds, state: float) -> tuple[float, float]:
+def least_seconds(case: Case, contestant: str, speeds: Speeds) -> tuple[float, float]:
     """Seconds of a step's products, and of its elementwise bytes."""
     of_rows = case.batch * case.length
     more_dx, more_dw = PRODUCTS[contestant]
@@ -116,7 +123,7 @@ def least_seconds(case: Case, contestant: str, speeds: Speeds, state: float) -> 
     shape = SIZES[case.size]
     embeddings = shape["vocab_size"] * shape["hidden_size"] * (1 if shape["tie_word_embeddings"] else 2)
     moved = adamw_bytes(width) * (regularized + embeddings)
-    moved += elementwise_bytes(contestant, width, state) * regularized
+    moved += elementwise_bytes(contestant, width) * regularized
     return products, moved / speeds.copy
 
 
@@ -132,7 +139,7 @@ def limits(case: Case, rounds: int, where: str, file: Path) -> None:
         print(f"| {linear.name} | {linear.out_features} × {linear.in_features} | {linear.count} | {found} |")
     print(f"\nCopy: {speeds.copy / 1e9:.2f} GB/s, read and written.\n\n### Least time of a step\n")
     print("| | products, s | elementwise, s | sum, s | × gd |\n|---|--:|--:|--:|--:|")
-    least = {name: least_seconds(case, name, speeds, float(WIDTHS[case.dtype])) for name in PRODUCTS}
+    least = {name: least_seconds(case, name, speeds) for name in PRODUCTS}
     for name, (products, moved) in least.items():
         whole = products + moved
         print(f"| {name} | {products:.4f} | {moved:.4f} | {whole:.4f} | {whole / sum(least['gd']):.3f} |")

@@ -19,7 +19,7 @@ TENSORS = ("51m/28", "51m/112", "51m/448")
 
 @dataclass
 class Line:
-    """Points of a series, and the straight line of least squares through seconds(x); None for fewer than 2 points."""
+    """Points of a series, and the straight line of least squares through seconds(x); None where points are too few."""
 
     name: str
     unit: str
@@ -35,7 +35,8 @@ class Line:
         if len(set(self.x)) < 2:
             return
         self.slope, self.intercept = statistics.linear_regression(self.x, self.seconds)
-        if len(set(self.seconds)) > 1:
+        # two points are always on a line
+        if len(self.x) > 2 and len(set(self.seconds)) > 1:
             self.r_squared = statistics.correlation(self.x, self.seconds) ** 2
 
 
