@@ -14,7 +14,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 # threads that wait for each other in a busy loop stall a run as soon as anything else wants a core
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-gpu lint bench bench-gpu cuda-all clean
+.PHONY: demo test test-slow test-gpu lint bench bench-step bench-gpu cuda-all clean
 
 demo: $(INSTALLED)
 	$(BIN)/ssiuu-fast demo
@@ -34,6 +34,10 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/penalty.py
+
+# whole unlearning steps beside gradient difference alone; an hour or two on two cores. STEP="--quick" shows that it works
+bench-step: $(INSTALLED)
+	$(BIN)/python benchmarks/step.py $(STEP)
 
 bench-gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu.py
