@@ -1,7 +1,6 @@
 """A case of benchmarks/step.py: model, rows and optimizer, the same for every contestant."""
 
 from dataclasses import asdict, dataclass
-from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +9,6 @@ SHORT, LONG = 2, 64
 # rows of a step come from these in turn: attributions then differ from those of the step before, as in training.
 # No multiple of 4, so that the steps of every=4 see them all
 BATCHES = 3
-PLANNED_TOLERANCE = 1e-16
 
 
 def llama(hidden, layers, heads, ffn, vocabulary=8192, key_value_heads=None, tied=True) -> dict:
@@ -41,14 +39,6 @@ SIZES = {
     "51m/112": llama(512, 16, 8, 1408),
     "51m/448": llama(256, 64, 4, 704),
 }
-
-
-def tolerance() -> float:
-    """The P under which the road of one backward pass leaves a row out."""
-    try:
-        return import_module("ssiuu_fast.shared_backward").NEGLIGIBLE
-    except (ImportError, AttributeError):
-        return PLANNED_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -176,7 +166,9 @@ class Setup:
 
     def sight(self) -> dict:
         """Which rows the road of one backward pass would leave out, by their T alone."""
-        targets, least = self.targets(), tolerance()
+        from ssiuu_fast.shared_backward import NEGLIGIBLE
+
+        targets, least = self.targets(), NEGLIGIBLE
         return {
             "rows": len(targets),
             "rows_skipped": sum(value < least for value in targets),

@@ -4,8 +4,6 @@ All send the forget rows' loss back first, free that graph, and then do the reta
 -NLL_tok(forget) + NLL_tok(retain).
 """
 
-import inspect
-
 import torch
 from step_case import Setup, micro_batches
 from torch import Tensor, nn
@@ -152,29 +150,26 @@ class Regularized(Step):
         self.regularizer = SSIUURegularizer(setup.model, WEIGHT, target=setup.case.target, **self.options)
         self.period = self.regularizer.every
         # of the last step that had a penalty
-        self._road, self._rows = "", None
+        self._road, self._kept, self._rows = "", None, 0
 
     def forget(self, rows, last):
         log_probs = self.log_probs(rows)
-        self.keep(self.regularizer.backward(log_probs, last=last, token_counts=answer_token_counts(rows["labels"])))
+        penalty = self.regularizer.backward(log_probs, last=last, token_counts=answer_token_counts(rows["labels"]))
+        self.keep(penalty, len(log_probs))
         (-self.nll(log_probs)).backward()
 
-    def keep(self, penalty):
+    def keep(self, penalty, rows):
         if self.regularizer.step_was_skipped:
             return
         self.penalty = penalty
-        self._road = getattr(self.regularizer, "last_road", None) or ""
-        self._rows = getattr(self.regularizer, "last_rows", None)
+        self._road, self._kept, self._rows = self.regularizer.road, self.regularizer.kept_rows, rows
 
     def road(self):
         return self._road
 
     def rows_taken(self):
         # two backward passes take every row, whatever its P
-        if self._rows is None or self._road.startswith("two backwards"):
-            return None
-        taken, rows = self._rows
-        return int(taken), int(rows)
+        return None if self._kept is None else (self._kept, self._rows)
 
 
 class Neurons(Regularized):
@@ -187,15 +182,11 @@ class Neurons(Regularized):
 class OneBackward(Regularized):
     """The regulariser sends the loss back itself."""
 
-    def __init__(self, setup: Setup):
-        if "loss" not in inspect.signature(SSIUURegularizer.backward).parameters:
-            raise NotHere("not built: SSIUURegularizer.backward has no loss=")
-        super().__init__(setup)
-
     def forget(self, rows, last):
         log_probs = self.log_probs(rows)
         counts = answer_token_counts(rows["labels"])
-        self.keep(self.regularizer.backward(log_probs, loss=-self.nll(log_probs), last=last, token_counts=counts))
+        loss = -self.nll(log_probs)
+        self.keep(self.regularizer.backward(log_probs, loss=loss, last=last, token_counts=counts), len(log_probs))
 
 
 class EightBits(OneBackward):
@@ -216,8 +207,6 @@ class Offload(OneBackward):
     def __init__(self, setup: Setup):
         if setup.device.type == "cpu":
             raise NotHere("no GPU: the same memory")
-        if "offload" not in inspect.signature(SSIUURegularizer.__init__).parameters:
-            raise NotHere("not built: SSIUURegularizer has no offload=")
         super().__init__(setup)
 
 
@@ -236,7 +225,7 @@ class SharedForward(OneBackward):
         answers, retained = self.log_probs(rows).chunk(2)
         counts = answer_token_counts(forget["labels"])
         loss = self.nll(retained) - self.nll(answers)
-        self.keep(self.regularizer.backward(answers, loss=loss, last=last, token_counts=counts))
+        self.keep(self.regularizer.backward(answers, loss=loss, last=last, token_counts=counts), len(answers))
 
 
 class Peer(Step):

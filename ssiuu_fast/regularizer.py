@@ -160,10 +160,10 @@ class SSIUURegularizer:
         At neuron granularity loss.backward() itself adds it, and `.grad` is untouched here.
 
         With `loss` it also does loss.backward(), in the same pass where it can: don't call that yourself. The numbers
-        are those of two passes; the cost is one weight-gradient product on the rows with a part in the target instead of
-        a second pass. Rows whose ∂T/∂ℓ is under 1e-16 (shared_backward.NEGLIGIBLE) are skipped; where all are equal in
-        ∂T/∂ℓ ÷ ∂loss/∂ℓ, or there is one, it costs a scaling. The host waits once for two numbers a sample. It takes two
-        passes where one can't do: `road` says which, and why, and so does this package's log, once.
+        are those of two passes; the cost is one weight-gradient product on the rows that have a part in the target. Rows
+        whose ∂T/∂ℓ is under 1e-16 (shared_backward.NEGLIGIBLE) are skipped; where ∂T/∂ℓ ÷ ∂loss/∂ℓ is the same for all
+        rows, or there is one, it costs a scaling. The host waits once for two numbers a sample. Where one pass can't do
+        it takes two: `road` says why, and so does this package's log, once.
 
         log_probs: [B] log-probabilities of the answers (`sequence_log_probs`); their graph is kept.
         last: False for the earlier micro-batches of a step: their gradient is only summed (one buffer of model
