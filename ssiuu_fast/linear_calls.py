@@ -17,8 +17,8 @@ See = Callable[["LinearCall", Tensor, Tensor], None]
 class LinearCalls:
     """Notes every call of some linear modules in its graph, for as long as this object lives.
 
-    Nothing of a call outlives its graph, and its input is let go of where autograd lets go of what the module saved. The
-    The model's outputs and gradients don't change.
+    Nothing of a call outlives its graph, and its input is let go of where autograd lets go of what the module
+    saved. The model's outputs and gradients don't change.
     """
 
     def __init__(self, modules: dict[str, nn.Module]):

@@ -160,7 +160,7 @@ class SSIUURegularizer:
         At neuron granularity loss.backward() itself adds it, and `.grad` is untouched here.
 
         With `loss` it also does loss.backward(), in the same pass where it can: don't call that yourself. The numbers
-        are those of two passes; the cost is one weight-gradient product on the rows that have a part in the target. Rows
+        are those of two passes; the cost is one weight-gradient product on the rows with a part in the target. Rows
         whose ∂T/∂ℓ is under 1e-16 (shared_backward.NEGLIGIBLE) are skipped; where ∂T/∂ℓ ÷ ∂loss/∂ℓ is the same for all
         rows, or there is one, it costs a scaling. The host waits once for two numbers a sample. Where one pass can't do
         it takes two: `road` says why, and so does this package's log, once.

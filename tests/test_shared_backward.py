@@ -1,4 +1,4 @@
-"""One backward pass for loss and target gives the numbers of two, over objectives, models and loops; or says why not."""
+"""One backward pass for loss and target gives the numbers of two, or says why it takes two."""
 
 import copy
 
