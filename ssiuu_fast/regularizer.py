@@ -35,8 +35,8 @@ class SSIUURegularizer:
         regularizer = SSIUURegularizer(model, relative_weight=30)
         for forget, retain in loader:
             log_probs = sequence_log_probs(model(**forget).logits, forget["labels"])
-            regularizer.backward(log_probs)                            # before the loss's own backward
-            (log_probs.sum() / answer_tokens).backward()               # −NLL of the forget set
+            loss = log_probs.sum() / answer_tokens                     # −NLL of the forget set
+            regularizer.backward(log_probs, loss=loss)                 # in place of loss.backward()
             retain_loss(model, retain).backward()
             regularizer.after_backward()                               # only with relative_weight
             optimizer.step(); optimizer.zero_grad()

@@ -1,8 +1,8 @@
 """g from the loss's own backward pass: one more weight-gradient product at each regularised linear module."""
 
 # A loss that is a function of the log-probabilities ℓ_s sends w_s = ∂L/∂ℓ_s into the graph of sample s, where the
-# target would send T'_s = ∂T/∂ℓ_s. Samples don't mix, so at every output the target's gradient is r_s = T'_s / w_s times the
-# loss's, and with dY the loss's and X the input of a linear module
+# target would send T'_s = ∂T/∂ℓ_s. Samples don't mix, so at every output the target's gradient is r_s = T'_s / w_s
+# times the loss's, and with dY the loss's and X the input of a linear module
 #     ∂T/∂W = Σ_s r_s dY_sᵀ X_s
 # which needs no second pass through the graph (ARCHITECTURE, "The faster road").
 
