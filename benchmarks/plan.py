@@ -132,7 +132,8 @@ def _unlearn(model, case):
     if case.grain is not None:
         penalty = {
             "weight": 1e-3,
-            "target": "log_probability",
+            # rows that differ, so that g takes a product of its own
+            "target": "mean_token_probability",
             "granularity": case.grain,
             "state_dtype": case.state_dtype,
         }

@@ -108,11 +108,45 @@ def test_the_states_of_a_step():
     plain = unlearning_need(skeleton, Workload(2, 2, 8), grain=None)
     assert plain.states == {"weights": weights, "AdamW states": 2 * weights}
     assert plain.gradients == weights
-    # AdamW: 28 bytes an element; penalty_ in fp32 20, and 28 with .grad beside g
-    assert plain.moved == 7 * weights
+    # docs/performance.md, "Elementwise passes": AdamW and two gradients, 48 bytes an element
+    assert plain.moved == 12 * weights
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_an_element"),
+    [
+        ({}, 28),
+        ({"state_dtype": "bfloat16"}, 24),
+        ({"sharded": True}, 36),
+        ({"sharded": True, "state_dtype": "bfloat16"}, 32),
+    ],
+)
+def test_bytes_that_the_penalty_moves(options, bytes_an_element):
+    """docs/performance.md has the table."""
+    skeleton = Skeleton(tiny_llama().config)
     n = sum(skeleton.counts.regularized)
-    assert unlearning_need(skeleton, Workload(2, 2, 8), grain="parameter").moved == 7 * weights + 20 * n
-    assert unlearning_need(skeleton, Workload(2, 1, 8), grain="parameter").moved == 7 * weights + 24 * n
+    plain, penalised = (
+        unlearning_need(skeleton, Workload(2, 2, 8), grain=grain, **given)
+        for grain, given in ((None, {}), ("parameter", options))
+    )
+    assert penalised.moved - plain.moved == bytes_an_element * n
+
+
+def test_micro_batches_move_their_sums():
+    skeleton = Skeleton(tiny_llama().config)
+    n = sum(skeleton.counts.regularized)
+
+    def beside_plain(micro_batches: int, sharded: bool) -> int:
+        workload = Workload(12, 12 // micro_batches, 8)
+        plain, penalised = (
+            unlearning_need(skeleton, workload, grain=grain, sharded=sharded) for grain in (None, "parameter")
+        )
+        return penalised.moved - plain.moved
+
+    # Σg is read and written by each product after the first
+    assert [beside_plain(k, False) for k in (2, 3)] == [(28 + 8) * n, (28 + 16) * n]
+    # g is written, both are read, Σg is written; the last pass reads and writes what the first loss left
+    assert [beside_plain(k, True) for k in (2, 3)] == [(28 + 16) * n, (28 + 32) * n]
 
 
 def test_only_the_config_of_a_folder_is_read(tmp_path, capsys):
@@ -142,6 +176,16 @@ def test_several_gpus_are_said_to_be_an_estimate(capsys):
     printed = capsys.readouterr().out
     assert "an estimate by formulas, not measured" in printed
     assert "peak of a GPU, sharded" in printed
+    assert "the penalty takes a backward pass of its own: the weights are sharded" in printed
+
+
+def test_sums_of_micro_batches_are_named(capsys):
+    assert main(["plan", *SMALL, "--micro_batch_size", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "  Σg of micro-batches" in printed
+    assert "pass of its own" not in printed
+    assert main(["plan", *SMALL, "--micro_batch_size", "1", "--gpus", "2"]) == 0
+    assert "  Σg and g of micro-batches" in capsys.readouterr().out
 
 
 def test_neurons_with_micro_batches_and_checkpoints(capsys):
