@@ -50,7 +50,7 @@ class Broken(log_probs.GradientAscent):
         raise RuntimeError("the model has no layer 7")
 
 
-def one_after_another(work, ready, context, *, description, done=None, device=None):
+def one_after_another(work, ready, context, *, description, done=None, device=None, died=None):
     """What `run_jobs` does, in this process; what would go to another one must survive the way."""
     done = dict(done or {})
     while left := [job for job in ready(done) if job not in done]:
@@ -124,6 +124,26 @@ def test_methods_that_fail_are_lines_beside_the_others(here, taught_folder, tmp_
     assert again[:4] == lines[:4]
     assert again[4]["outcome"] == "never reached"
     assert not run.file("runs/broken-1e-07-0.error.txt").exists()
+
+
+def test_a_run_whose_process_was_killed_is_a_line_beside_the_others(here, taught_folder, tmp_path, monkeypatch):
+    said = []
+
+    def with_a_death(work, ready, context, *, died, **options):
+        def work_or_die(job, *told):
+            return died(job, "its process was killed", said.append) if job.label == "lazy" else work(job, *told)
+
+        return one_after_another(work_or_die, ready, context, **options)
+
+    monkeypatch.setattr(compare, "run_jobs", with_a_death)
+    run = new_run(tmp_path / "run")
+    lines = run_sweep(quick(methods=("lazy", "gd")), small_task(), RECIPE, taught_folder, run)
+    assert [line["outcome"].partition(",")[0] for line in lines] == ["", "error", "reached 1/1"]
+    assert lines[1]["explanation"] == "at learning rate 0.002: its process was killed"
+    assert said == ["lazy-0.002-0: its process was killed"]
+    assert run.file("runs/lazy-0.002-0.error.txt").read_text() == "its process was killed\n"
+    # none of its results is taken for one when the sweep goes on
+    assert not run.file("runs/lazy-0.002-0.json").exists()
 
 
 def test_a_penalised_method_has_two_lines(here, taught_folder, tmp_path, monkeypatch):
