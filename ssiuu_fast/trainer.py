@@ -17,6 +17,7 @@ from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.loop import checkpoints
 from ssiuu_fast.loop.best import BestWeights
+from ssiuu_fast.loop.fingerprint import fingerprint
 from ssiuu_fast.loop.flow import UnlearningFlow
 from ssiuu_fast.loop.progress import Progress, read_progress
 from ssiuu_fast.loop.rows import Rows, read_rows
@@ -120,6 +121,7 @@ class UnlearningTrainer(Trainer):
         self._step_log = StepLog(args.device)
         self._resumed: tuple[Path, dict | None, dict] | None = None
         self._staging: Path | None = None
+        self._frozen_weights: str | None = None
         self.add_callback(self.flow)
         self.add_callback(_Ends(self))
 
@@ -133,10 +135,13 @@ class UnlearningTrainer(Trainer):
     ):
         """As Trainer.train. True resumes from the last checkpoint of output_dir, bit by bit as if never interrupted.
 
-        Raises ValueError for a checkpoint of another configuration or of other rows.
+        Raises ValueError for a checkpoint of another configuration, of other rows or on another base model.
         """
         run, bare = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
         refuse_missing_weights(bare, self.ranks)
+        if self._frozen_weights is None:
+            # before anything is cast, sharded or frozen for the run; the first rank's weights are those that count
+            self._frozen_weights = self.ranks.gather(fingerprint(bare))[0]
         folder = checkpoints.find(run, resume_from_checkpoint)
         if folder is None:
             checkpoints.refuse_older(run)
@@ -417,7 +422,7 @@ class UnlearningTrainer(Trainer):
             save_regularizer(self.regularizer, folder / checkpoints.REGULARIZER)
 
     def _settings(self) -> dict:
-        return run_settings(self.args, self.steps, self.threshold, self._refusals)
+        return run_settings(self.args, self.steps, self.threshold, self._refusals, self._frozen_weights)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
