@@ -222,6 +222,7 @@ class UnlearningTrainer(Trainer):
             epochs=self.state.global_step / self.steps.per_epoch,
             threshold=self.threshold,
             divergence=self.flow.divergence,
+            stopped_early=not self.is_in_train and self.state.global_step < self.state.max_steps,
             regularized=regularizer is not None,
             weight=None if regularizer is None else regularizer.weight,
             parameters=() if regularizer is None else regularizer.regularized_parameters,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from taught import RECIPE, load_taught, small_task
+from transformers import TrainerCallback
 from unlearners import config, equal, history, probability, rows, trainer, weights
 
 from ssiuu_fast.data.collate import Encoded
@@ -98,6 +99,45 @@ def test_a_run_that_only_gets_worse_keeps_the_starting_weights(tmp_path):
     run.train()
     assert run.progress().kept_epoch == 0
     assert equal(weights(run.model), seen[0])
+
+
+class StopsAt(TrainerCallback):
+    """Ends a run after a step; while it goes on, a run is stopped by nothing."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    "threshold, kept, said",
+    [
+        (0.1, 1, "kept is epoch 1 with the lowest forget score, 0.700"),
+        (None, 1.3333, "the weights are those of the last step"),
+    ],
+)
+def test_a_callback_that_ends_the_run_is_said(tmp_path, threshold, kept, said):
+    # three steps an epoch
+    run = trainer(tmp_path, threshold=threshold, num_train_epochs=4, weight=1.0, callbacks=[StopsAt(4)])
+    scored(run, [0.9, 0.7, 0.8, 0.8])
+    run.train()
+    progress = run.progress()
+    assert (progress.stopped_by, progress.reached, progress.steps) == ("callback", False, 4)
+    assert progress.notes[0] == f"a callback stopped the run after 1.3333 epochs (step 4); {said}"
+    assert progress.kept_epoch == kept and not any("not reached in" in note for note in progress.notes)
+
+
+def test_a_callback_at_the_last_step_or_at_the_threshold_is_not_what_ends_a_run(tmp_path):
+    run = trainer(tmp_path / "a", threshold=0.1, num_train_epochs=2, weight=1.0, callbacks=[StopsAt(6)])
+    scored(run, [0.9, 0.7, 0.8])
+    run.train()
+    assert run.progress().stopped_by == "max_epochs"
+    run = trainer(tmp_path / "b", threshold=0.75, num_train_epochs=2, weight=1.0, callbacks=[StopsAt(3)])
+    scored(run, [0.9, 0.7])
+    run.train()
+    assert run.progress().stopped_by == "threshold"
 
 
 @pytest.mark.parametrize("regularize", [False, True])

@@ -29,7 +29,7 @@ class Progress:
     steps: int = 0
     kept_epoch: float = 0
     score: float | None = None
-    stopped_by: str = "max_epochs"  # "threshold" | "max_epochs" | "divergence" | "already_met"
+    stopped_by: str = "max_epochs"  # "threshold" | "max_epochs" | "divergence" | "already_met" | "callback"
     penalty_shares: list[float | None] = field(default_factory=list)
     weight: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -60,6 +60,7 @@ def read_progress(
     epochs: float,
     threshold: float | None,
     divergence: str | None = None,
+    stopped_early: bool = False,
     regularized: bool = False,
     weight: float | None = None,
     parameters: Iterable[nn.Parameter] = (),
@@ -67,6 +68,7 @@ def read_progress(
     """The progress of a run from TrainerState.log_history.
 
     steps, epochs: optimizer steps taken, and passes over the forget rows. divergence: why the run diverged.
+    stopped_early: whether it is over before its last step; where no other reason is known, a callback ended it.
     regularized, weight, parameters: whether there was a penalty, its λ if it is fixed, and what it is on.
     """
     evaluations = [row for row in history if FORGET_SCORE in row]
@@ -77,6 +79,8 @@ def read_progress(
     if regularized and steps:
         # a run that logs no step tells nothing of them
         progress.penalty_shares = [row.get(PENALTY_SHARE) for row in logged] or [None]
+    if stopped_early:
+        progress.stopped_by = "callback"
     if evaluations:
         _judge(progress, evaluations)
     if divergence is not None:
@@ -113,6 +117,8 @@ def _notes(progress: Progress, regularized: bool, parameters: Iterable[nn.Parame
             f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs:g} epochs; {kept}. Raise the "
             "learning rate or the number of epochs"
         )
+    if progress.stopped_by == "callback":
+        notes.append(f"a callback stopped the run after {progress.epochs:g} epochs (step {progress.steps}); {kept}")
     if progress.stopped_by == "divergence":
         notes.append(f"the run diverged; {kept}. Lower the learning rate or the penalty's weight")
     if not regularized:
