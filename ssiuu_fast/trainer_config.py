@@ -20,6 +20,7 @@ from ssiuu_fast.targets import TARGETS
 GRANULARITIES = ("parameter", "neuron")
 STATE_DTYPE_NAMES = tuple(state_dtype_name(dtype) for dtype in STATE_DTYPES)
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -83,6 +84,8 @@ class UnlearningConfig(TrainingArguments):
     def __post_init__(self):
         # before TrainingArguments imports its engine
         refuse_deepspeed(self.deepspeed)
+        # before it asks for a metric on behalf of them
+        _refuse_schedule(self.lr_scheduler_type)
         super().__post_init__()
         self.objective_options = self.objective_options or {}
         self._refuse_options()
@@ -247,6 +250,15 @@ class UnlearningConfig(TrainingArguments):
         if self.n_gpu > 1:
             # DataParallel's replicas hide the parameters from autograd: one GPU, or one process each
             self._n_gpu = 1
+
+
+def _refuse_schedule(name: str) -> None:
+    name = getattr(name, "value", name)
+    if name in _BY_METRIC:
+        raise ValueError(
+            f"lr_scheduler_type={name!r} changes the learning rate by a metric of the evaluations, and so by how often "
+            "the forget score is taken: use 'constant', or a schedule over steps such as 'linear' or 'cosine'"
+        )
 
 
 def refuse_deepspeed(config=None) -> None:

@@ -52,6 +52,14 @@ REFUSED_OPTIONS = {
         {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_strategy": "epoch"},
         "ends with the weights of its lowest forget score anyway",
     ),
+    "learning rate by a metric": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        "lr_scheduler_type='reduce_lr_on_plateau' changes the learning rate by a metric.*use 'constant'",
+    ),
+    "learning rate by a metric, without one": (
+        {"lr_scheduler_type": "greedy", "threshold": None, "eval_strategy": "no"},
+        "lr_scheduler_type='greedy' changes the learning rate by a metric",
+    ),
     "threshold that nothing is compared with": ({"eval_strategy": "no"}, "threshold=0.0 with eval_strategy='no'"),
     "batch size by trial": ({"auto_find_batch_size": True}, "attributions are sums over them"),
     "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
