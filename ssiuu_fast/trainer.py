@@ -52,12 +52,13 @@ class UnlearningTrainer(Trainer):
         Lines, or tokenised rows (loop.rows.read_rows). test is only scored, in every evaluation.
     refusals: texts that DPO prefers to the answers; drawn for each row and pass.
     processing_class: the tokenizer; needed for texts.
-    forget_score: gives the forget score of the model; left open, evaluation.scores.score of the forget texts.
+    forget_score: gives the forget score of the model; left open, evaluation.scores.score of the forget texts. With one
+        of your own give UnlearningConfig a threshold too: there is no early stop without.
 
     Every step has the same number of forget rows, drawn from (seed, step), whatever the number of ranks and
     micro-batches. The forget score is taken before the first step and as eval_strategy says; at or under the threshold
     the run ends. One that never gets there, or whose gradient stops being a number, ends with the weights of its lowest
-    score. `progress()` tells what happened.
+    score; without a threshold, with those of the last step. `progress()` tells what happened.
 
     Raises ValueError for rows, options and models that can't work together, before anything is changed.
     """

@@ -43,7 +43,9 @@ class UnlearningConfig(TrainingArguments):
         state_dtype: what the references are stored in: float32, bfloat16 or 8bit. Left open: the weights' dtype.
         regularized_parameters: glob patterns over parameter names. Left open: the linear modules inside the blocks.
         threshold: stop when the forget score is at or under this. Left open: the score of a model that doesn't know the
-            forget rows (evaluation.scores.default_threshold); no early stop where the rows have no texts.
+            forget rows (evaluation.scores.default_threshold). No early stop where the rows have no texts, nor where the
+            trainer is given a forget_score, of whose numbers nothing is known: every epoch is then run, and the model
+            ends with the weights of the last step.
         style: how questions are put: chat, plain, or auto for whichever the tokenizer has.
         max_length: longest row in tokens; longer ones are cut.
         max_new_tokens: longest answer that scoring generates.

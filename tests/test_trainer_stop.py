@@ -58,6 +58,17 @@ def test_the_default_threshold_is_that_of_the_rows(taught, tmp_path):
     assert on_people(taught, tmp_path, threshold=None).threshold == pytest.approx(0.33)
 
 
+def test_a_score_of_ones_own_without_a_threshold_is_no_early_stop_and_that_is_said(tmp_path):
+    run = trainer(tmp_path, threshold=None, regularize=False)
+    seen = scored(run, [0.9, 0.1, 0.0, 0.5])
+    run.train()
+    progress = run.progress()
+    assert (run.threshold, progress.stopped_by, progress.steps, progress.score) == (None, "max_epochs", 9, 0.5)
+    assert equal(weights(run.model), seen[3])
+    said = "the run had no early stop, and keeps its last weights: give threshold to stop at a forget score"
+    assert progress.notes == [said]
+
+
 def test_gradient_difference_keeps_more_than_ascent(taught_folder, tmp_path):
     kept = {}
     for objective in ("ga", "gd"):
@@ -125,7 +136,7 @@ def test_a_callback_that_ends_the_run_is_said(tmp_path, threshold, kept, said):
     run.train()
     progress = run.progress()
     assert (progress.stopped_by, progress.reached, progress.steps) == ("callback", False, 4)
-    assert progress.notes[0] == f"a callback stopped the run after 1.3333 epochs (step 4); {said}"
+    assert f"a callback stopped the run after 1.3333 epochs (step 4); {said}" in progress.notes
     assert progress.kept_epoch == kept and not any("not reached in" in note for note in progress.notes)
 
 

@@ -112,6 +112,8 @@ def _notes(progress: Progress, regularized: bool, parameters: Iterable[nn.Parame
     kept = "the weights are those of the last step"
     if progress.score is not None and progress.threshold is not None:
         kept = f"kept is epoch {progress.kept_epoch:g} with the lowest forget score, {progress.score:.3f}"
+    if progress.scores and progress.threshold is None:
+        notes.append("the run had no early stop, and keeps its last weights: give threshold to stop at a forget score")
     if progress.stopped_by == "max_epochs" and progress.scores and progress.threshold is not None:
         notes.append(
             f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs:g} epochs; {kept}. Raise the "
