@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -290,6 +291,20 @@ def test_what_cannot_be_compared_is_said_first(options, message):
     with pytest.raises(ValueError) as raised:
         compare_setting.setting(CompareOptions(**{"methods": "gd"} | options))
     assert message in str(raised.value)
+
+
+def test_more_micro_batches_than_rows_are_refused_before_a_run(files, taught_folder):
+    asked = own(files, taught_folder, batch_size=128, micro_batch_size=2)
+    # 64 micro-batches of 30 rows to forget; of retain rows only where a method has use for them
+    with pytest.raises(ValueError, match="micro_batch_size=2 cuts a batch of 128.*needs a forget row.*there are 30"):
+        compare_setting.setting(asked)
+    few = small_task().split.retain[:3]
+    path = Path(files["retain"])
+    path.write_text("".join(json.dumps({"question": e.prompt, "answer": e.answer}) + "\n" for e in few))
+    with pytest.raises(ValueError, match="cuts a batch of 16 into 4 .*needs a retain row, of which there are 3"):
+        compare_setting.setting(own(files, taught_folder, micro_batch_size=4))
+    alone = replace(own(files, taught_folder, micro_batch_size=4), methods=["ga"])
+    assert compare_setting.setting(alone).recipe.micro_batch_size == 4
 
 
 def test_rows_that_do_not_fit_are_refused_before_a_run(files, taught_folder):
