@@ -12,7 +12,7 @@ MISSING = "–"
 
 
 def method_table(lines: Sequence[dict], columns: Sequence[str], chance: float) -> str:
-    """The lines of `sweep_lines` as Markdown, mean ± sd over the seeds that reached the threshold; chance last.
+    """The lines of `sweep_lines` as Markdown, mean ± sd over the seeds of their scores; chance last.
 
     chance stands under the scores of forget and test rows; what utility rows give by chance is not known.
     """
@@ -36,7 +36,8 @@ def notes_on_sweep(sweep: Sweep, task: Task, recipe: UnlearningRecipe, lines: Se
     """What the columns are, what was the same for all methods, and what became of those that failed."""
     notes = [
         f"mean ± sd over those of {sweep.seeds} seeds that reached the threshold, a forget score of at most "
-        f"{task.threshold:.4g}; before: the model as it was taught, one seed.",
+        f"{task.threshold:.4g}; a seed whose attack failed is left out of every column, and the outcome says so "
+        "(attacked k/n); before: the model as it was taught, one seed.",
         "FS: score on the forget set (lower is better). RS: on rows held out from unlearning (higher is better).",
         "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it;",
         "benign: on the forget set while retraining on unrelated instructions (lower is better).",
