@@ -284,7 +284,7 @@ def _finish(results: dict, asked: _Asked, options: UnlearnOptions, run: RunFolde
     print(f"{done['steps']} steps, {done['epochs']} epochs, stopped by {done['stopped_by']}")
     if asked.method.penalised:
         share = done["penalty_share"]
-        known = "" if share is None else f"; the penalty was {share:.1%} of the gradient on average"
+        known = "" if share is None else f"; over the penalised steps it was {share:.1%} of the gradient on average"
         print(f"λ {_number(done['weight'])}{known}")
     for note in done["notes"]:
         print(f"note: {note}")

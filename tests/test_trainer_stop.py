@@ -6,6 +6,7 @@ from taught import RECIPE, load_taught, small_task
 from transformers import TrainerCallback
 from unlearners import config, equal, history, probability, rows, trainer, weights
 
+from ssiuu_fast import SSIUURegularizer
 from ssiuu_fast.data.collate import Encoded
 from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.trainer import UnlearningTrainer
@@ -188,8 +189,6 @@ def test_log_probs_that_are_no_numbers(tmp_path):
 
 def test_attributions_that_are_no_numbers(tmp_path, monkeypatch):
     run = trainer(tmp_path, weight=1.0)
-    from ssiuu_fast import SSIUURegularizer
-
     backward, calls = SSIUURegularizer.backward, []
 
     def failing(self, *args, **kwargs):
@@ -219,7 +218,31 @@ def test_steps_left_out_have_no_share(tmp_path):
     run = trainer(tmp_path, weight=1e3, every=2, num_train_epochs=2)
     run.train()
     # the first step stores, then every second one is left out
-    assert [share > 0 for share in run.progress().penalty_shares] == [False, False, True, False, True, False]
+    shares = [row["penalty_share"] for row in history(run) if "loss" in row]
+    assert [share > 0 for share in shares] == [False, False, True, False, True, False]
+    assert run.progress().penalty_shares == shares[::2]
+
+
+def test_a_penalty_that_switches_itself_off_counts_as_none(tmp_path, monkeypatch):
+    """As where every probability underflows: λ is fixed, the step is penalised, and nothing comes of it."""
+    run = trainer(tmp_path, weight=1e3, num_train_epochs=2)
+    monkeypatch.setattr(run, "new_regularizer", vanishing)
+    run.train()
+    shares = run.progress().penalty_shares
+    assert [share > 0 for share in shares] == [False, True, True, False, False, False]
+    assert run.progress().penalty_share == pytest.approx(sum(shares) / 6)
+
+
+def vanishing(model, **options):
+    regularizer = SSIUURegularizer(model, **options)
+    share, calls = regularizer.penalty_share, []
+
+    def penalty_share(norm):
+        calls.append(norm)
+        return share(norm) if len(calls) <= 3 else 0.0
+
+    regularizer.penalty_share = penalty_share
+    return regularizer
 
 
 @pytest.mark.parametrize("reference", ["previous", "initial"])
@@ -231,7 +254,7 @@ def test_neurons(tmp_path, reference, recwarn):
     # in the first step nothing has changed yet, then four calibrate
     assert [row["penalty_weight"] > 0 for row in steps] == [False] * 5 + [True] * 4
     # then the penalty's part isn't known, and nothing is said of it
-    assert run.progress().penalty_shares == [0.0] * 5 + [None] * 4
+    assert run.progress().penalty_shares == [None] * 4
     assert run.progress().as_dict()["penalty_share"] is None
     assert not any("too little to matter" in note for note in run.progress().notes)
 

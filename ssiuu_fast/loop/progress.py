@@ -1,6 +1,5 @@
 """What an unlearning run did, read from the log that every checkpoint carries."""
 
-import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from ssiuu_fast.share import too_small
 
 FORGET_SCORE = "eval_forget_score"
 PENALTY_SHARE = "penalty_share"
+PENALTY_WEIGHT = "penalty_weight"
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Progress:
 
     scores: forget score of every evaluation, the one before the first step included. kept_epoch: the epoch of the
     weights that the model ends with; the last one, or where the threshold wasn't reached, the one with the lowest
-    score. threshold None: the run had no early stop. penalty_shares: one a logged step; None where it isn't known,
-    which is so at neuron granularity once λ is fixed.
+    score. threshold None: the run had no early stop. penalty_shares: one a logged row with penalised steps, those of
+    a fixed λ that `every` doesn't leave out; None where it isn't known, which is so at neuron granularity.
     """
 
     threshold: float | None
@@ -40,13 +40,13 @@ class Progress:
 
     @property
     def penalty_share(self) -> float | None:
-        """Mean over the steps of ‖λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping; 0 without a penalty.
+        """Mean over the penalised steps of ‖every · λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping.
 
-        None if it isn't known in every step.
+        0 without a penalised step, None if it isn't known in each of them.
         """
         if None in self.penalty_shares:
             return None
-        return sum(self.penalty_shares) / len(self.penalty_shares) if self.penalty_shares else 0.0
+        return statistics.mean(self.penalty_shares) if self.penalty_shares else 0.0
 
     def as_dict(self) -> dict:
         """Everything as JSON-ready values."""
@@ -78,7 +78,8 @@ def read_progress(
     )
     if regularized and steps:
         # a run that logs no step tells nothing of them
-        progress.penalty_shares = [row.get(PENALTY_SHARE) for row in logged] or [None]
+        penalised = [row for row in logged if row.get(PENALTY_WEIGHT)] if logged else [{}]
+        progress.penalty_shares = [row.get(PENALTY_SHARE) for row in penalised]
     if stopped_early:
         progress.stopped_by = "callback"
     if evaluations:
@@ -129,11 +130,8 @@ def _notes(progress: Progress, regularized: bool, parameters: Iterable[nn.Parame
         notes.append(
             "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
         )
-    elif progress.penalty_share is not None:
-        # nothing is added while λ is being calibrated
-        added = list(itertools.dropwhile(lambda share: share == 0, progress.penalty_shares))
-        if reason := too_small(statistics.mean(added) if added else 0.0, parameters):
-            notes.append(reason)
+    elif progress.penalty_share is not None and (reason := too_small(progress.penalty_share, parameters)):
+        notes.append(reason)
     return notes
 
 

@@ -9,6 +9,10 @@ from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.sweep import Sweep
 
 MISSING = "–"
+PENALTY_SHARE_NOTE = (
+    "penalty share: norm of the penalty's gradient ÷ that of the whole, mean over the penalised steps (none while λ is "
+    "calibrated)."
+)
 
 
 def method_table(lines: Sequence[dict], columns: Sequence[str], chance: float) -> str:
@@ -41,6 +45,7 @@ def notes_on_sweep(sweep: Sweep, task: Task, recipe: UnlearningRecipe, lines: Se
         "FS: score on the forget set (lower is better). RS: on rows held out from unlearning (higher is better).",
         "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it;",
         "benign: on the forget set while retraining on unrelated instructions (lower is better).",
+        PENALTY_SHARE_NOTE,
     ]
     if task.utility is not None:
         notes.append("US: on rows that have nothing to do with the forget set (higher is better).")
