@@ -17,7 +17,7 @@ from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.loop import checkpoints
 from ssiuu_fast.loop.best import BestWeights
-from ssiuu_fast.loop.fingerprint import fingerprint
+from ssiuu_fast.loop.fingerprint import frozen_fingerprint
 from ssiuu_fast.loop.flow import UnlearningFlow
 from ssiuu_fast.loop.progress import Progress, read_progress
 from ssiuu_fast.loop.rows import Rows, read_rows
@@ -31,10 +31,10 @@ from ssiuu_fast.loop.start import (
 )
 from ssiuu_fast.loop.step_log import StepLog, penalty_figures
 from ssiuu_fast.loop.steps import Part, Steps
-from ssiuu_fast.objectives.modules import reshard
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
 from ssiuu_fast.regularizer_file import load_regularizer, save_regularizer
+from ssiuu_fast.shards import reshard, whole
 from ssiuu_fast.trainer_config import UnlearningConfig
 
 REFERENCE_LOG_PROBS = "reference_log_probs"
@@ -142,7 +142,7 @@ class UnlearningTrainer(Trainer):
         refuse_missing_weights(bare, self.ranks)
         if self._frozen_weights is None:
             # before anything is cast, sharded or frozen for the run; the first rank's weights are those that count
-            self._frozen_weights = self.ranks.gather(fingerprint(bare))[0]
+            self._frozen_weights = self.ranks.gather(frozen_fingerprint(bare))[0]
         folder = checkpoints.find(run, resume_from_checkpoint)
         if folder is None:
             checkpoints.refuse_older(run)
@@ -294,9 +294,7 @@ class UnlearningTrainer(Trainer):
         return on_cpu and self.ranks.agree(not bool(log_probs.isfinite().all()), log_probs.device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         self._judge_step(model, norm.item() if torch.is_tensor(norm) else norm)
         return norm
 

@@ -4,7 +4,7 @@ import torch
 from tiny import tiny_llama
 from torch import nn
 
-from ssiuu_fast.loop.fingerprint import SAMPLE, fingerprint
+from ssiuu_fast.loop.fingerprint import SAMPLE, frozen_fingerprint
 
 # between the elements that are looked at of a tensor of 4 · SAMPLE
 UNSEEN = 6
@@ -35,39 +35,39 @@ def test_other_values_names_shapes_and_dtypes_are_told_apart():
         frozen(torch.tensor(0.0)),
         frozen(),
     ]
-    assert len({fingerprint(model) for model in models}) == len(models)
+    assert len({frozen_fingerprint(model) for model in models}) == len(models)
 
 
 def test_what_it_follows_from_and_what_not():
     model = tiny_llama(torch.bfloat16).requires_grad_(False)
-    found = fingerprint(model)
-    assert found == fingerprint(tiny_llama(torch.bfloat16).requires_grad_(False))
-    assert found != fingerprint(tiny_llama(torch.bfloat16, seed=1).requires_grad_(False))
+    found = frozen_fingerprint(model)
+    assert found == frozen_fingerprint(tiny_llama(torch.bfloat16).requires_grad_(False))
+    assert found != frozen_fingerprint(tiny_llama(torch.bfloat16, seed=1).requires_grad_(False))
     # a checkpoint holds what is trained
     model.lm_head.weight.requires_grad_(True)
-    without = fingerprint(model)
+    without = frozen_fingerprint(model)
     model.lm_head.weight.data.zero_()
-    assert fingerprint(model) == without != found
+    assert frozen_fingerprint(model) == without != found
 
 
 def test_how_a_tensor_lies_in_memory_is_no_matter():
     values = torch.randn(40, 300)
-    assert fingerprint(frozen(values)) == fingerprint(frozen(values.T.contiguous().T))
+    assert frozen_fingerprint(frozen(values)) == frozen_fingerprint(frozen(values.T.contiguous().T))
 
 
 def test_a_large_tensor_is_looked_at_here_and_there():
     values = torch.randn(4 * SAMPLE)
-    found = fingerprint(frozen(values))
+    found = frozen_fingerprint(frozen(values))
     for place, seen in ((0, True), (UNSEEN, False), (4 * SAMPLE - 4, True)):
         other = values.clone()
         other[place] += 1
-        assert (fingerprint(frozen(other)) != found) == seen
+        assert (frozen_fingerprint(frozen(other)) != found) == seen
 
 
 def test_codes_of_quantised_weights_are_left_out_and_what_is_beside_them_is_not():
     codes, norm = torch.randint(256, (8, 1), dtype=torch.uint8), torch.randn(4)
-    found = fingerprint(frozen(norm, codes))
+    found = frozen_fingerprint(frozen(norm, codes))
     # packed anew for another device
-    assert fingerprint(frozen(norm, codes.flip(0).view(2, 4))) == found
-    assert fingerprint(frozen(norm + 1, codes)) != found
-    assert fingerprint(frozen(norm)) != found
+    assert frozen_fingerprint(frozen(norm, codes.flip(0).view(2, 4))) == found
+    assert frozen_fingerprint(frozen(norm + 1, codes)) != found
+    assert frozen_fingerprint(frozen(norm)) != found

@@ -5,13 +5,13 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from ssiuu_fast.objectives.modules import whole
+from ssiuu_fast.shards import whole
 
 # elements of a tensor: two models that were trained apart differ in nearly all of them
 SAMPLE = 1024
 
 
-def fingerprint(model: nn.Module) -> str:
+def frozen_fingerprint(model: nn.Module) -> str:
     """sha256 of the parameters that don't require grad: names, shapes, dtypes and every n-th element, SAMPLE at most.
 
     The same on any number of ranks and any device; of a sharded model every rank must ask. A base that differs in a few

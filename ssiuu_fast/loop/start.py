@@ -90,7 +90,7 @@ def run_settings(
 ) -> dict:
     """What a resumed run must share with the one it goes on with, as JSON gives it back.
 
-    frozen_weights: their `fingerprint`.
+    frozen_weights: their `frozen_fingerprint`.
     """
     penalty = {
         name: str(value) if isinstance(value, torch.dtype) else value

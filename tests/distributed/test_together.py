@@ -7,7 +7,7 @@ from tiny import log_probs_of, part, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer
-from ssiuu_fast.loop.fingerprint import fingerprint
+from ssiuu_fast.loop.fingerprint import frozen_fingerprint
 from ssiuu_fast.neuron_ranks import ShardedModels
 
 
@@ -175,7 +175,7 @@ def fingerprints(rank):
     model = make_model(Case())
     model.lm_head.requires_grad_(False)
     model.model.embed_tokens.requires_grad_(False)
-    return fingerprint(model), fingerprint(shard(model))
+    return frozen_fingerprint(model), frozen_fingerprint(shard(model))
 
 
 def test_the_fingerprint_of_frozen_weights_is_that_of_the_whole(two_ranks):
