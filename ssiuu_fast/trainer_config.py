@@ -34,7 +34,8 @@ class UnlearningConfig(TrainingArguments):
         objective_options: options of the objective by name, such as {"beta": 0.1}.
         regularize: add the Ssiuu penalty.
         weight: λ of the penalty, literally. Carries over from no other model.
-        relative_weight: penalty relative to the gradient at the start; 30 if neither this nor weight is given.
+        relative_weight: penalty relative to the gradient at the start; 30 if neither this nor weight is given. Neurons
+            under FSDP2 need weight in its place.
         target: probability, log_probability or mean_token_probability, of which attributions are taken.
         granularity: parameter or neuron.
         reference: previous step or initial weights, which attributions are compared with.
@@ -219,6 +220,12 @@ class UnlearningConfig(TrainingArguments):
             self._refuse_with_neurons()
 
     def _refuse_with_neurons(self) -> None:
+        if self.sharded and self.weight is None:
+            raise ValueError(
+                "granularity='neuron' under FSDP2 without weight: relative_weight would have to measure what the "
+                "penalty comes to at sharded parameters, which can't be had on its own. Give weight, as a run on one "
+                "GPU or under DDP found it (progress().weight)"
+            )
         if self.state_dtype not in (None, "float32"):
             raise ValueError(
                 f"state_dtype={self.state_dtype!r} is of no use with granularity='neuron', whose references are one "

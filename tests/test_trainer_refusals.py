@@ -38,6 +38,14 @@ REFUSED_OPTIONS = {
         {"granularity": "neuron", "torch_compile": True},
         "torch_compile with granularity='neuron': taps are forward hooks",
     ),
+    "neurons sharded": (
+        {"granularity": "neuron", "fsdp": True, "fsdp_config": {"version": 2}},
+        "granularity='neuron' under FSDP2 without weight.*Give weight",
+    ),
+    "neurons sharded, relative weight": (
+        {"granularity": "neuron", "relative_weight": 3.0, "fsdp": True, "fsdp_config": {"version": 2}},
+        "granularity='neuron' under FSDP2 without weight",
+    ),
     "DeepSpeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed is not supported: its engine owns"),
     "FSDP1": ({"fsdp": True, "fsdp_config": {"version": 1}}, "flat parameters can't be regularised.*use FSDP2"),
     "FSDP2 with gradient sync off": (
@@ -72,6 +80,15 @@ REFUSED_OPTIONS = {
 def test_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_neurons_under_fsdp2_by_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="granularity='neuron' under FSDP2 without weight"):
+        config(tmp_path, granularity="neuron")
+    assert config(tmp_path, granularity="neuron", weight=0.5).sharded
+    assert config(tmp_path, granularity="neuron", regularize=False).sharded
+    assert config(tmp_path, relative_weight=3.0).sharded
 
 
 def test_deepspeed_by_the_launcher(tmp_path, monkeypatch):
