@@ -11,7 +11,6 @@ from ssiuu_fast.change import ChangeWatch
 from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.penalty_pass import PenaltyPass
-from ssiuu_fast.ranks import local_part
 from ssiuu_fast.references import (
     MeanAttribution,
     References,
@@ -24,6 +23,7 @@ from ssiuu_fast.references import (
 )
 from ssiuu_fast.replicated import Gradients, Replicated
 from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.shards import local_part, sharded_modules
 from ssiuu_fast.shared_backward import Plan, SharedBackward, Visit
 from ssiuu_fast.step import MicroBatch, StepResult, summed
 from ssiuu_fast.warn import warn_user
@@ -299,13 +299,12 @@ def _engine(
         engines.refuse_partitioned(model.named_parameters())
     selected = select_parameters(model_or_named_parameters, patterns)
     engines.refuse_partitioned(selected.items())
-    if model is not None and torch.distributed.is_available():
-        from ssiuu_fast.sharded import Sharded, is_sharded
+    if model is not None and sharded_modules(model):
+        from ssiuu_fast.sharded import Sharded
 
-        if is_sharded(model):
-            # all of them get a gradient for a while
-            engines.refuse_steps_in_backward(model.named_parameters())
-            return model, selected, Sharded(model, selected, process_group)
+        # all of them get a gradient for a while
+        engines.refuse_steps_in_backward(model.named_parameters())
+        return model, selected, Sharded(model, selected, process_group)
     engines.refuse_sharded(
         selected.items(),
         "tensor parallel is not supported. Where it comes from fully_shard, give the model and not its parameters",
