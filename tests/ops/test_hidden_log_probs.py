@@ -20,7 +20,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 @pytest.fixture(params=[1, 7 * 11, 10**9], ids=["narrow", "some", "whole"])
 def chunk(request, monkeypatch):
     """Slices of the vocabulary as narrow as they get (as wide as a row of hidden), wider ones, one."""
-    monkeypatch.setattr(MODULE, "HEAD_CHUNK_ELEMENTS", request.param)
+    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", request.param)
 
 
 def rows(dtype=torch.float64, samples=3, length=6, width=4, vocabulary=11, seed=0):
@@ -80,7 +80,7 @@ def test_values_and_gradients(chunk, dtype, biased):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("elements", [1, 10**9], ids=["narrow", "whole"])
 def test_half_precision_is_no_worse_than_the_heads_own(dtype, elements, monkeypatch):
-    monkeypatch.setattr(MODULE, "HEAD_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", elements)
     for seed in range(3):
         # 63 slices of the vocabulary, or one
         leaves = rows(dtype, samples=4, length=40, width=16, vocabulary=1001, seed=seed)
@@ -222,7 +222,7 @@ def test_fp32_in_autocasts_backward_stays_fp32():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_logits_never_exist(dtype, monkeypatch):
-    monkeypatch.setattr(MODULE, "HEAD_CHUNK_ELEMENTS", 2**18)
+    monkeypatch.setattr(MODULE, "CHUNK_ELEMENTS", 2**18)
     hidden, weight, _, labels = rows(dtype, samples=4, length=128, width=32, vocabulary=4000)
     answers = (labels[:, 1:] != -100).sum().item()
     # what the passes make anew: slices of logits, in fp32 and in passing; gradients; rows and their gradient
