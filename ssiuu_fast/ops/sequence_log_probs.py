@@ -143,7 +143,7 @@ class HiddenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, sample_weights: Tensor):
         rows, weight, bias, samples, positions, targets, normalisers = ctx.saved_tensors
-        of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
+        of_hidden, of_weight, of_bias = (_is_asked_for(ctx, index) for index in range(3))
         row_weights = sample_weights[samples, None]
         row_gradient = rows.new_zeros(rows.shape, dtype=normalisers.dtype) if of_hidden else None
         weight_gradient = torch.empty_like(weight) if of_weight else None
@@ -204,6 +204,17 @@ def _slices(rows: Tensor, weight: Tensor) -> list[slice]:
 def _logits(rows: Tensor, weight: Tensor, bias: Tensor | None, span: slice) -> Tensor:
     with _no_autocast(rows):
         return linear(rows, weight[span], None if bias is None else bias[span])
+
+
+def _is_asked_for(ctx, index: int) -> bool:
+    """Whether this backward pass leads to that input; needs_input_grad says whether any might."""
+    if not ctx.needs_input_grad[index]:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[index][0])
+    except RuntimeError:
+        # it isn't told of a leaf that autograd.grad was asked for
+        return True
 
 
 def _within(targets: Tensor, span: slice, width: int) -> tuple[Tensor, Tensor]:

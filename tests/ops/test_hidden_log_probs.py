@@ -172,6 +172,18 @@ def test_what_is_frozen_costs_no_product():
         assert not sequence_log_probs_from_hidden(hidden, weight, labels).requires_grad
 
 
+def test_what_a_pass_does_not_lead_to_costs_no_product():
+    hidden, weight, bias, labels = rows()
+    product = 2 * (labels[:, 1:] != -100).sum().item() * weight.numel()
+    log_probs = sequence_log_probs_from_hidden(hidden.tanh(), weight, labels, bias=bias)
+    for leaves, products in (([hidden], 2), ([weight], 2), ([hidden, weight, bias], 3), ([bias], 1)):
+        with LiveMemory() as memory:
+            found = gradients(log_probs, torch.ones(3), leaves, retain_graph=True)
+        assert memory.flops == products * product
+        truth = gradients(plain(hidden.tanh(), weight, bias, labels), torch.ones(3), leaves)
+        torch.testing.assert_close(found, truth)
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_under_checkpointing(inside):
     hidden, weight, _, labels = rows()
