@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.adapters import is_adapted
-from ssiuu_fast.evaluation.forwards import shards
-from ssiuu_fast.objectives.modules import bare
+from ssiuu_fast.engines import bare
 from ssiuu_fast.ops.sequence_log_probs import sequence_log_probs_from_hidden
+from ssiuu_fast.shards import sharded_modules
 
 logger = logging.getLogger(__name__)
 # what keeps the model around a head from passing on what it gives, if anything; and what was said of a model
@@ -57,7 +57,7 @@ def plain_head(model: nn.Module) -> tuple[nn.Linear | None, str]:
         isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl for module in model.modules()
     ):
         return None, "it is compiled"
-    if shards(model):
+    if sharded_modules(model):
         return None, "it is sharded"
     model = bare(model)
     model = model.get_base_model() if is_adapted(model) else model
