@@ -264,7 +264,7 @@ def test_the_reason_for_logits_is_said_once(caplog, reason, make):
 
 def test_sharded_models_and_others_give_logits(monkeypatch):
     model = tiny_llama()
-    monkeypatch.setattr(module, "shards", lambda model: [model])
+    monkeypatch.setattr(module, "sharded_modules", lambda model: [model])
     assert answer_head(model, ROWS) is None
 
     class Other(nn.Module):
