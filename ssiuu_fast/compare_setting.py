@@ -72,6 +72,7 @@ def setting(options: CompareOptions) -> Setting:
         teaching_rate=taught_at or recipe.teaching_rate,
         max_positions=options.max_length or recipe.max_positions,
         relative_weight=options.relative_weight,
+        every=options.every,
         objective_options=objective_options,
         **{name: getattr(options, name) for name in ("batch_size", "micro_batch_size", "style", "dtype", "device")},
     )

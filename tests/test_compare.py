@@ -310,3 +310,19 @@ def test_more_micro_batches_than_rows_are_refused_before_a_run(files, taught_fol
 def test_rows_that_do_not_fit_are_refused_before_a_run(files, taught_folder):
     with pytest.raises(ValueError, match="max_length"):
         compare_setting.setting(own(files, taught_folder, max_length=5))
+
+
+def test_every_reaches_the_penalty_and_nothing_else(monkeypatch):
+    from ssiuu_fast import experiment
+
+    given = []
+    monkeypatch.setattr(experiment, "unlearn", lambda *args, penalty, **how: given.append(penalty) or Nothing())
+    recipe = compare_setting.setting(CompareOptions(methods="gd,ssiuu", every=4)).recipe
+    for method in ("gd", "ssiuu"):
+        experiment.unlearn_task(None, None, method, 0, small_task(), replace(recipe, unlearning_rate=1e-3))
+    assert given == [None, {"relative_weight": 30.0, "every": 4}]
+
+
+class Nothing:
+    def as_dict(self):
+        return {}

@@ -62,6 +62,7 @@ def notes_on_sweep(sweep: Sweep, task: Task, recipe: UnlearningRecipe, lines: Se
         notes.append(
             f"- method@backbone: at the rate found for the backbone, up to {sweep.penalised_max_epochs} epochs; the "
             f"penalty's relative weight is {recipe.relative_weight:g}"
+            + (f", every={recipe.every}" if recipe.every > 1 else "")
         )
     notes.append(
         f"- collapsed: keeps less than {KEPT:.0%} of what RS was above chance before unlearning; a line without scores "
