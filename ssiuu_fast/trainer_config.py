@@ -42,6 +42,7 @@ class UnlearningConfig(TrainingArguments):
         one_sided: penalise only attributions below their reference.
         every: penalise each k-th step only, k times as much.
         state_dtype: what the references are stored in: float32, bfloat16 or 8bit. Left open: the weights' dtype.
+        offload: keep the references in host memory.
         regularized_parameters: glob patterns over parameter names. Left open: the linear modules inside the blocks.
         threshold: stop when the forget score is at or under this. Left open: the score of a model that doesn't know the
             forget rows (evaluation.scores.default_threshold). No early stop where the rows have no texts, nor where the
@@ -68,6 +69,7 @@ class UnlearningConfig(TrainingArguments):
     one_sided: bool = field(default=False, metadata={"help": "Penalise only attributions below their reference."})
     every: int = field(default=1, metadata={"help": "Penalise each k-th step only."})
     state_dtype: str | None = field(default=None, metadata={"help": "Of the references: float32, bfloat16 or 8bit."})
+    offload: bool = field(default=False, metadata={"help": "Keep the references in host memory."})
     regularized_parameters: list[str] | None = field(default=None, metadata={"help": "Glob patterns over names."})
     threshold: float | None = field(default=None, metadata={"help": "Forget score at which unlearning stops."})
     style: str = field(default="auto", metadata={"help": "auto, chat or plain."})
@@ -117,6 +119,7 @@ class UnlearningConfig(TrainingArguments):
             "state_dtype": self.state_dtype
             if self.state_dtype in (None, EIGHT_BIT)
             else getattr(torch, self.state_dtype),
+            "offload": self.offload,
             "parameters": self.regularized_parameters,
         }
 
@@ -216,6 +219,11 @@ class UnlearningConfig(TrainingArguments):
                 "sync_each_batch=False under FSDP2: without gradient sync in every micro-batch the target's gradient "
                 "and the loss's come back as one sum. Leave it out"
             )
+        if self.sharded and self.offload:
+            raise ValueError(
+                "offload=True under FSDP2: it keeps whole references in host memory, and those are sharded like the "
+                "model. Leave it out"
+            )
         if self.granularity == "neuron":
             self._refuse_with_neurons()
 
@@ -230,6 +238,11 @@ class UnlearningConfig(TrainingArguments):
             raise ValueError(
                 f"state_dtype={self.state_dtype!r} is of no use with granularity='neuron', whose references are one "
                 "fp32 number a neuron (and sample): leave it out"
+            )
+        if self.offload:
+            raise ValueError(
+                "offload=True is of no use with granularity='neuron', whose references are one number a neuron (and "
+                "sample): leave it out"
             )
         if self.torch_compile:
             raise ValueError(

@@ -30,6 +30,8 @@ REFUSED_OPTIONS = {
     "unknown state_dtype": ({"state_dtype": "4bit"}, "state_dtype must be one of.*got '4bit'"),
     "unknown style": ({"style": "loud"}, "style must be one of.*got 'loud'"),
     "few bits for neurons": ({"granularity": "neuron", "state_dtype": "8bit"}, "state_dtype='8bit' is of no use"),
+    "host memory for neurons": ({"granularity": "neuron", "offload": True}, "offload=True is of no use with gran"),
+    "host memory under FSDP2": ({"fsdp": True, "offload": True}, "offload=True under FSDP2: it keeps whole"),
     "neurons, previous, accumulation": (
         {"granularity": "neuron", "gradient_accumulation_steps": 2},
         "sums over the whole batch: use 1, or reference='initial'",
