@@ -31,11 +31,13 @@ class ChangeWatch:
         self._unread: tuple[HostCopy, float] | None = None
         self.begin([], {})
 
-    def begin(self, names: Sequence[str], references: dict[str, Tensor | Blockwise8]) -> None:
-        """A step in which the parameters of these names have a gradient."""
+    def begin(self, names: Sequence[str], kinds: dict[str, torch.dtype | type]) -> None:
+        """A step in which the parameters of these names have a gradient. kinds: see References."""
         self.look()
-        self._chosen = set(_spread([name for name in names if _error(references[name])], TENSORS))
-        self._error = max((_error(references[name]) for name in self._chosen), default=0.0)
+        # 0 where there are bits enough
+        errors = {name: STATE_ERRORS.get(kinds[name], 0.0) for name in names}
+        self._chosen = set(_spread([name for name in names if errors[name]], TENSORS))
+        self._error = max((errors[name] for name in self._chosen), default=0.0)
         self._samples: list[Tensor] = []
 
     @torch.no_grad()
@@ -86,11 +88,6 @@ class ChangeWatch:
                 f"{error:.1%}: the penalty compares rounding errors. Use state_dtype=torch.float32 (float32 on the "
                 "command line)"
             )
-
-
-def _error(reference):
-    """Relative error of what is stored; 0 where there are bits enough."""
-    return STATE_ERRORS.get(Blockwise8 if isinstance(reference, Blockwise8) else reference.dtype, 0.0)
 
 
 def _spread(names: list[str], most: int) -> list[str]:

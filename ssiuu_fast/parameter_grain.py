@@ -9,21 +9,21 @@ from torch import Tensor, nn
 from ssiuu_fast import engines
 from ssiuu_fast.change import ChangeWatch
 from ssiuu_fast.frozen import refuse_reentrant
+from ssiuu_fast.host_references import HostReferences
 from ssiuu_fast.ops.backends import choose
 from ssiuu_fast.penalty_pass import PenaltyPass
-from ssiuu_fast.ranks import local_part
 from ssiuu_fast.references import (
     MeanAttribution,
     References,
     StateDtype,
-    empty_references,
+    fill_from_flat_state,
     flat_state,
-    from_flat_state,
     refuse_state_dtype,
     required,
 )
 from ssiuu_fast.replicated import Gradients, Replicated
 from ssiuu_fast.selection import NamedParameters, select_parameters
+from ssiuu_fast.shards import local_part, sharded_modules
 from ssiuu_fast.shared_backward import Plan, SharedBackward, Visit
 from ssiuu_fast.step import MicroBatch, StepResult, summed
 from ssiuu_fast.warn import warn_user
@@ -48,6 +48,7 @@ class ParameterGrain:
         reference: str,
         one_sided: bool,
         state_dtype: StateDtype,
+        offload: bool,
         backend: str,
         process_group,
     ):
@@ -56,12 +57,18 @@ class ParameterGrain:
         self.shards = self._engine.shards
         _refuse_unusual(self._parameters)
         refuse_state_dtype(state_dtype, self._parameters)
+        if offload and self._engine.places() is not None:
+            raise ValueError(
+                "offload=True keeps whole references in host memory, and those of this model are sharded as "
+                "fully_shard did it: leave offload out; state_dtype='8bit' makes shards small too"
+            )
         for parameter in self._parameters.values():
             # asked for by name, a backend that can't run is refused now and not in the first step
             choose(backend, "penalty_", parameter.device, double=parameter.dtype == torch.float64)
         self._reference = reference
         self._one_sided = one_sided
         self._state_dtype = state_dtype
+        self._kept_as = HostReferences if offload else References
         self._backend = backend
         self.elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._references: References | None = None
@@ -115,16 +122,15 @@ class ParameterGrain:
 
     def begin_pass(self, samples: int, scale: float, weight: float | None) -> PenaltyPass:
         """The pass over a step of so many samples; `end_pass` takes up the references that it renewed."""
-        parameters = self._local()
         first = self._references is None
-        references = self._references or References(empty_references(parameters, self._state_dtype), samples)
+        references = self._references or self._empty_references(samples)
         if first and self._reference == "initial":
             warn_user(
                 "reference='initial' without set_reference(): the attributions of the first step's batch are kept"
             )
         references.follow(samples)
         return PenaltyPass(
-            parameters,
+            self._local(),
             references,
             self._change,
             self.shards,
@@ -150,11 +156,12 @@ class ParameterGrain:
     def set_reference(self, targets: Iterable[MicroBatch]) -> None:
         """A_ref = φ · (b/n) · Σ_s ∂T_s/∂φ over the targets of all ranks, whose graphs are freed one by one."""
         engines.refuse_frozen(self._parameters.items())
-        mean = MeanAttribution(self._local(), self._state_dtype)
+        mean = MeanAttribution(self._local())
         for gradients, samples in self._engine.pass_gradients(targets):
             mean.add(gradients, samples)
         mean.samples = self._engine.complete_pass(list(mean.sums.values()), mean.samples)
-        references = mean.references()
+        references = self._empty_references(samples=None)
+        mean.store(references.tensors)
         # shards of another rank may not be finite
         self.agreement.sums()
         self._references = references
@@ -185,13 +192,17 @@ class ParameterGrain:
             )
         references = None
         if saved is not None:
-            references = References(from_flat_state(self._local(), self._state_dtype, saved), samples)
+            references = self._empty_references(samples)
+            fill_from_flat_state(references.tensors, saved)
 
         def take_up() -> None:
             self._references = references
             self._change = ChangeWatch()
 
         return take_up
+
+    def _empty_references(self, samples: int | None) -> References:
+        return self._kept_as.empty(self._local(), self._state_dtype, samples)
 
     def _local(self) -> dict[str, Tensor]:
         """What of each parameter lies on this rank."""
@@ -299,13 +310,12 @@ def _engine(
         engines.refuse_partitioned(model.named_parameters())
     selected = select_parameters(model_or_named_parameters, patterns)
     engines.refuse_partitioned(selected.items())
-    if model is not None and torch.distributed.is_available():
-        from ssiuu_fast.sharded import Sharded, is_sharded
+    if model is not None and sharded_modules(model):
+        from ssiuu_fast.sharded import Sharded
 
-        if is_sharded(model):
-            # all of them get a gradient for a while
-            engines.refuse_steps_in_backward(model.named_parameters())
-            return model, selected, Sharded(model, selected, process_group)
+        # all of them get a gradient for a while
+        engines.refuse_steps_in_backward(model.named_parameters())
+        return model, selected, Sharded(model, selected, process_group)
     engines.refuse_sharded(
         selected.items(),
         "tensor parallel is not supported. Where it comes from fully_shard, give the model and not its parameters",

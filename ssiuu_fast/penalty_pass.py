@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ssiuu_fast.change import ChangeWatch
 from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
 from ssiuu_fast.ranks import Ranks
-from ssiuu_fast.references import References
+from ssiuu_fast.references import Reference, References
 
 
 class PenaltyPass:
@@ -53,7 +53,7 @@ class PenaltyPass:
 
     def expect(self, names: Sequence[str]) -> None:
         """The parameters that have a gradient in this step, before any is given."""
-        self._change.begin([] if self._first else names, self.references.tensors)
+        self._change.begin([] if self._first else names, self.references.kinds)
 
     def add(self, gradients: dict[str, Tensor], outs: Sequence[Tensor | None]) -> None:
         """What is to be added to the loss's gradient: into `outs`, or where that is None in place of g.
@@ -62,23 +62,32 @@ class PenaltyPass:
         """
         if not gradients:
             return
-        names = list(gradients)
+        by_name = dict(zip(gradients, outs, strict=True))
+        for names, references in self.references.bring(list(gradients), empty=self._first):
+            self._form(names, [gradients[name] for name in names], references, [by_name[name] for name in names])
+            if self._update:
+                self.references.renewed(names)
+
+    def _form(
+        self,
+        names: Sequence[str],
+        gradients: list[Tensor],
+        references: list[Reference],
+        outs: list[Tensor | None],
+    ) -> None:
         parameters = [self._parameters[name] for name in names]
         # before the pass, which overwrites the gradients
-        for name, parameter in zip(names, parameters, strict=True):
-            self._change.see(
-                name, gradients[name], parameter, self.references.tensors[name], self._options["gradient_scale"]
-            )
-        counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[names[0]].device)
+        for seen in zip(names, gradients, parameters, references, strict=True):
+            self._change.see(*seen, self._options["gradient_scale"])
+        counts = torch.zeros(len(names), dtype=torch.int64, device=gradients[0].device)
         result = penalty_(
-            list(gradients.values()),
+            gradients,
             parameters,
-            [self.references.tensors[name] for name in names],
+            references,
             out=outs if self.adds else None,
             nonfinite_counts=counts,
             **self._options,
         )
-        self.references.renewed()
         self._names += names
         self._results.append(result)
         self._counts.append(counts)

@@ -1,7 +1,7 @@
 """The stored attributions that today's are compared with: one tensor a regularised parameter."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from numbers import Integral, Real
 
 import torch
@@ -22,23 +22,52 @@ class References:
     """A^ref of every regularised parameter, and the number of samples whose sum it stands for."""
 
     def __init__(self, tensors: dict[str, Reference], samples: int | None):
-        self.tensors = tensors
+        self._tensors = tensors
         # None: the tensors hold the mean over the forget set, and the size of a step isn't known yet
         self.samples = samples
         self._warned = False
         self._clear = False
 
-    def renewed(self) -> None:
-        """Some of them were written."""
+    @classmethod
+    def empty(cls, parameters: NamedParameters, dtype: StateDtype, samples: int | None) -> "References":
+        """Uninitialised ones, for `samples` samples."""
+        return cls(empty_references(parameters, dtype), samples)
+
+    @property
+    def tensors(self) -> dict[str, Reference]:
+        """All of them, to be read and written."""
+        return self.at_rest(self._tensors)
+
+    @property
+    def kinds(self) -> dict[str, torch.dtype | type]:
+        """What each is stored in: a dtype or Blockwise8."""
+        return {
+            name: Blockwise8 if isinstance(tensor, Blockwise8) else tensor.dtype
+            for name, tensor in self._tensors.items()
+        }
+
+    def at_rest(self, names: Collection[str]) -> dict[str, Reference]:
+        """Those of these names, to be read and written where they are kept."""
+        return {name: self._tensors[name] for name in names}
+
+    def bring(self, names: Sequence[str], *, empty: bool) -> Iterator[tuple[Sequence[str], list[Reference]]]:
+        """The references of these names where their parameters are, some at a time; `renewed` if they were written.
+
+        empty: they hold nothing yet, and will be written.
+        """
+        yield names, [self._tensors[name] for name in names]
+
+    def renewed(self, names: Sequence[str]) -> None:
+        """What `bring` gave last was written."""
         self._clear = False
 
     def clear(self, names: Collection[str]) -> None:
         """Attributions that are 0. Of all, once: steps without any attribution leave zeros alone."""
         if self._clear:
             return
-        for name in names:
-            self.tensors[name].zero_()
-        self._clear = len(names) == len(self.tensors)
+        for tensor in self.at_rest(names).values():
+            tensor.zero_()
+        self._clear = len(names) == len(self._tensors)
 
     def follow(self, samples: int) -> None:
         """Makes the references stand for a sum over `samples` samples, the size of this step.
@@ -123,9 +152,8 @@ def flat_state(references: dict[str, Reference]) -> dict[str, Tensor]:
     return flat
 
 
-def from_flat_state(parameters: NamedParameters, dtype: StateDtype, saved: dict[str, Tensor]) -> dict[str, Reference]:
-    """The references that `flat_state` gave, copied. Raises ValueError where they are of other parameters."""
-    references = empty_references(parameters, dtype)
+def fill_from_flat_state(references: dict[str, Reference], saved: dict[str, Tensor]) -> None:
+    """Copies what `flat_state` gave. Raises ValueError where that is of other parameters."""
     ours = flat_state(references)
     missing, unknown = ours.keys() - saved.keys(), saved.keys() - ours.keys()
     if missing or unknown:
@@ -141,7 +169,6 @@ def from_flat_state(parameters: NamedParameters, dtype: StateDtype, saved: dict[
             )
     for name, tensor in ours.items():
         tensor.copy_(saved[name])
-    return references
 
 
 def _reference_dtype(parameter: nn.Parameter, dtype: torch.dtype | None) -> torch.dtype:
@@ -155,9 +182,8 @@ def _reference_dtype(parameter: nn.Parameter, dtype: torch.dtype | None) -> torc
 class MeanAttribution:
     """(1/n) Σ φ · g over batches of a data set, for reference="initial"."""
 
-    def __init__(self, parameters: NamedParameters, dtype: StateDtype):
+    def __init__(self, parameters: NamedParameters):
         self._parameters = parameters
-        self._dtype = dtype
         # in 16 bits a long sum stops growing
         self.sums = {name: torch.zeros_like(p, dtype=_wide(p), requires_grad=False) for name, p in parameters.items()}
         self.samples = 0
@@ -169,7 +195,7 @@ class MeanAttribution:
             if gradient is not None:
                 self.sums[name].add_(parameter.to(_wide(parameter)) * gradient.to(_wide(parameter)))
 
-    def references(self) -> References:
+    def store(self, references: dict[str, Reference]) -> None:
         """Raises ValueError where no batch was added, FloatingPointError where an attribution isn't finite."""
         if not self.samples:
             raise ValueError("set_reference was given no batch: the forget set is empty")
@@ -178,11 +204,9 @@ class MeanAttribution:
                 raise FloatingPointError(
                     f"the reference attribution of {name} is not finite: are the starting weights sound?"
                 )
-        means = empty_references(self._parameters, self._dtype)
-        for name, tensor in means.items():
+        for name, tensor in references.items():
             mean = self.sums[name] / self.samples
             tensor.store(mean) if isinstance(tensor, Blockwise8) else tensor.copy_(mean)
-        return References(means, samples=None)
 
 
 def _wide(parameter: nn.Parameter) -> torch.dtype:

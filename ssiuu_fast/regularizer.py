@@ -67,6 +67,9 @@ class SSIUURegularizer:
         `ops.Blockwise8`); None takes the parameter's dtype (fp32 for fp16). Warns once, naming torch.float32, where
         attributions change less from step to step than few bits can show (`last_step.relative_change`). Of no use for
         neurons, whose references are small.
+    offload: keep the references in host memory. On the device are then four times the largest, or 32 MiB if that is
+        more, and copies run beside the backward pass. Gradients and references have the same bits; R, which two
+        backward passes then sum in parts, may differ in the last bit of fp64. Refused for neurons, and under FSDP2.
     nonfinite: elements with a non-finite attribution add nothing and keep their reference; "raise" then raises
         FloatingPointError with the names of the parameters or modules (on a GPU at the next `backward`,
         `last_step` or `state_dict`, when the step was probably taken), "count" only counts them.
@@ -102,6 +105,7 @@ class SSIUURegularizer:
         every: int = 1,
         parameters: Iterable[str] | None = None,
         state_dtype: StateDtype = None,
+        offload: bool = False,
         nonfinite: str = "raise",
         process_group=None,
         backend: str = "auto",
@@ -112,6 +116,7 @@ class SSIUURegularizer:
             reference=reference,
             nonfinite=nonfinite,
             state_dtype=state_dtype,
+            offload=offload,
             every=every,
             weight=weight,
             relative_weight=relative_weight,
@@ -125,7 +130,9 @@ class SSIUURegularizer:
         self._grain = (
             NeuronGrain(model_or_named_parameters, parameters, calibrated=relative_weight is not None, **common)
             if granularity == "neuron"
-            else ParameterGrain(model_or_named_parameters, parameters, state_dtype=state_dtype, **common)
+            else ParameterGrain(
+                model_or_named_parameters, parameters, state_dtype=state_dtype, offload=offload, **common
+            )
         )
 
         self.target = target

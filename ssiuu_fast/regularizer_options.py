@@ -15,6 +15,7 @@ def refuse_options(
     reference: str,
     nonfinite: str,
     state_dtype: StateDtype,
+    offload: bool,
     every: int,
     weight: float,
     relative_weight: float | None,
@@ -28,6 +29,11 @@ def refuse_options(
         raise ValueError(
             f"state_dtype={state_dtype} is of no use with granularity='neuron': a reference is one fp32 number a "
             "neuron (and sample), leave state_dtype out"
+        )
+    if granularity == "neuron" and offload:
+        raise ValueError(
+            "offload=True is of no use with granularity='neuron', whose references are one number a neuron (and "
+            "sample): leave offload out"
         )
     if not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of at least 1, got {every!r}")

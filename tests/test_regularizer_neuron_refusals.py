@@ -16,6 +16,7 @@ from ssiuu_fast import SSIUURegularizer
     ("options", "message"),
     [
         ({"state_dtype": torch.bfloat16}, "state_dtype=torch.bfloat16 is of no use with granularity='neuron'"),
+        ({"offload": True}, "offload=True is of no use with granularity='neuron'"),
         ({"parameters": ["*no_such*"]}, r"pattern '\*no_such\*' matches none of the 15 weights of linear modules"),
         ({"parameters": ["*norm.weight"]}, "matches none of the 15 weights of linear modules"),
         ({"parameters": "*weight"}, "list of glob patterns"),

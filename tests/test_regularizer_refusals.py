@@ -203,6 +203,8 @@ def test_sharded_parameters(tmp_path):
         fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match=r"is a DTensor .* give the model and not its parameters"):
             SSIUURegularizer(model.named_parameters())
+        with pytest.raises(ValueError, match="offload=True keeps whole references in host memory.*leave offload out"):
+            SSIUURegularizer(model, offload=True)
     finally:
         torch.distributed.destroy_process_group()
 

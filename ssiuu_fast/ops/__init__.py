@@ -6,7 +6,7 @@ from ssiuu_fast.ops.blockwise8 import Blockwise8
 from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, neuron_attribution
 from ssiuu_fast.ops.neuron_penalty import NeuronPenalty, neuron_penalty
 from ssiuu_fast.ops.penalty import PenaltyResult, penalty_
-from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs
+from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs, sequence_log_probs_from_hidden
 from ssiuu_fast.ops.weighted_weight_gradient import weighted_weight_gradient
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "neuron_penalty",
     "penalty_",
     "sequence_log_probs",
+    "sequence_log_probs_from_hidden",
     "weighted_weight_gradient",
 ]

@@ -33,15 +33,16 @@ class Need:
     """The memory and the work of one kind of run.
 
     states: bytes that are there throughout. phases: the most bytes beside them, by phase of a step. kept: bytes of the
-    activations that autograd keeps of one forward pass. gradients, sums: bytes of the gradients, and of Σg (in two
-    passes also g) beside them, all in the phases. flops: of a step. moved: bytes that optimizer, gradients and penalty
-    read and write in a step. host: bytes in host memory where that is another one. two_passes: of the penalty on
-    parameters, why it takes them; empty where it doesn't.
+    activations that autograd keeps of one forward pass; logits: of the logits among them. gradients, sums: bytes of the
+    gradients, and of Σg (in two passes also g) beside them, all in the phases. flops: of a step. moved: bytes that
+    optimizer, gradients and penalty read and write in a step. host: bytes in host memory where that is another one.
+    two_passes: of the penalty on parameters, why it takes them; empty where it doesn't.
     """
 
     states: dict[str, int]
     phases: dict[str, int]
     kept: int
+    logits: int
     flops: int
     moved: float = 0.0
     gradients: int = 0
@@ -64,7 +65,7 @@ def attribution_need(skeleton: Skeleton, workload: Workload) -> Need:
     run = attribution(skeleton, workload)
     counts = skeleton.counts
     states = {"weights": _width(skeleton) * counts.parameters, "means": 24 * counts.neurons}
-    return Need(states, run.phases, run.kept, run.flops)
+    return Need(states, run.phases, run.kept, _logits(skeleton, workload), run.flops)
 
 
 def unlearning_need(
@@ -102,6 +103,7 @@ def unlearning_need(
         states=states,
         phases=phases,
         kept=run.kept,
+        logits=_logits(skeleton, workload) if skeleton.head is None else 0,
         flops=run.flops,
         moved=moved,
         gradients=weights,
@@ -126,13 +128,13 @@ def data_parallel_peak(need: Need, skeleton: Skeleton) -> int:
 def sharded_peak(need: Need, skeleton: Skeleton, workload: Workload, gpus: int) -> int:
     """The peak on each of several GPUs that share the rows and everything of model size (FSDP2, ZeRO-3).
 
-    What is of model size is divided. Whole are the activations, the logits' gradient, two blocks (the one at work and
-    the next), and the embedding.
+    What is of model size is divided. Whole are the activations, the logits, which sharded models always form, and their
+    gradient, two blocks (the one at work and the next), and the embedding.
     """
     width, counts = _width(skeleton), skeleton.counts
-    logits = width * workload.rows_at_once * workload.length * skeleton.vocabulary
+    activations = need.kept - need.logits + 2 * _logits(skeleton, workload)
     divided = sum(need.states.values()) + need.gradients + need.sums
-    return -(-divided // gpus) + need.kept + logits + width * (2 * counts.block + counts.largest)
+    return -(-divided // gpus) + activations + width * (2 * counts.block + counts.largest)
 
 
 def reference_bytes(
@@ -169,6 +171,10 @@ def _penalty_traffic(regularized: int, references: int, workload: Workload, two_
 
 def _state_width(skeleton: Skeleton, state_dtype: str | None) -> int:
     return {None: _width(skeleton), "float32": 4, "bfloat16": 2}[state_dtype]
+
+
+def _logits(skeleton: Skeleton, workload: Workload) -> int:
+    return _width(skeleton) * workload.rows_at_once * workload.length * skeleton.vocabulary
 
 
 def _width(skeleton: Skeleton) -> int:

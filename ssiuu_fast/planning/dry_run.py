@@ -14,7 +14,8 @@ from torch import Tensor
 from ssiuu_fast import engines
 from ssiuu_fast.attribution_taps import AttributionTaps
 from ssiuu_fast.frozen import frozen
-from ssiuu_fast.ops.sequence_log_probs import SequenceLogProbs
+from ssiuu_fast.objectives.answer_head import head_replaced
+from ssiuu_fast.ops.sequence_log_probs import HiddenLogProbs, SequenceLogProbs
 from ssiuu_fast.planning.live_memory import LiveMemory
 from ssiuu_fast.planning.skeleton import Skeleton, first_line
 from ssiuu_fast.selection import select_modules, select_parameters
@@ -63,8 +64,9 @@ class DryRun:
 def unlearning_step(skeleton: Skeleton, workload: Workload, grain: str | None, *, sharded: bool = False) -> DryRun:
     """A GD step, with the penalty at the grain "parameter" or "neuron", or without (None).
 
-    The forget rows, then the retain rows; gradients are alive from their first backward pass to the end. sharded: a
-    step as FSDP2 has to take it, on whole weights.
+    The forget rows, then the retain rows; gradients are alive from their first backward pass to the end. Every token
+    after the first is one of an answer: what shorter answers take is less. sharded: a step as FSDP2 has to take it, on
+    whole weights.
     """
     with _recording(skeleton) as record:
         sending = _sending(grain, sharded)(skeleton)
@@ -92,7 +94,7 @@ def attribution(skeleton: Skeleton, workload: Workload) -> DryRun:
         taps = AttributionTaps(select_modules(skeleton.model, None), lambda name, hidden, gradient: None)
         with taps.attached():
             with record.phase(FORWARD_ALONE):
-                log_probs = _log_probs(skeleton, workload)
+                log_probs = _log_probs_of_logits(skeleton, workload)
             kept = record.memory.bytes()
             with record.phase(TARGET):
                 taps.backward(log_probs.sum())
@@ -115,6 +117,9 @@ class _Record:
 def _recording(skeleton: Skeleton) -> Iterator[_Record]:
     skeleton.model.train()
     try:
+        with skeleton.fake:
+            # its one pass isn't the step's
+            _ = skeleton.head
         with skeleton.fake, LiveMemory() as memory:
             yield _Record(memory)
     except RuntimeError as error:
@@ -232,9 +237,29 @@ def _sending(grain: str | None, sharded: bool) -> type[_Loss]:
 
 
 def _log_probs(skeleton: Skeleton, workload: Workload) -> Tensor:
+    """As objectives/log_probs.py forms them."""
+    head = skeleton.head
+    if head is None:
+        return _log_probs_of_logits(skeleton, workload)
+
+    def log_probs(hidden: Tensor) -> Tensor:
+        # as many as there are at most: how many of them labels count can't be known of tensors without values
+        places = torch.empty((3, workload.rows_at_once * (workload.length - 1)), dtype=torch.int64)
+        return HiddenLogProbs.apply(hidden, head.weight, head.bias, *places)[:, None, None]
+
+    with head_replaced(head, log_probs):
+        return _forward(skeleton, workload)[1].flatten()
+
+
+def _log_probs_of_logits(skeleton: Skeleton, workload: Workload) -> Tensor:
+    tokens, logits = _forward(skeleton, workload)
+    # sequence_log_probs without its look at the labels, which have no values here
+    return SequenceLogProbs.apply(logits[:, :-1], tokens[:, 1:], -100)
+
+
+def _forward(skeleton: Skeleton, workload: Workload) -> tuple[Tensor, Tensor]:
+    """Tokens, and what the model puts out as their logits."""
     shape = (workload.rows_at_once, workload.length)
     tokens = torch.zeros(shape, dtype=torch.int64)
     mask = torch.ones(shape, dtype=torch.int64)
-    logits = skeleton.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    # sequence_log_probs without its look at the labels, which have no values here
-    return SequenceLogProbs.apply(logits[:, :-1], tokens[:, 1:], -100)
+    return tokens, skeleton.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits

@@ -1,13 +1,15 @@
 """A model without its weights: what can be counted on it, and run with it, takes no memory."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssiuu_fast.models import checkpoint_blocks
+from ssiuu_fast.objectives.answer_head import head_replaced, plain_head
 from ssiuu_fast.selection import select_modules, select_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -53,6 +55,27 @@ class Skeleton:
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self.counts = _counted(self.model)
+
+    @cached_property
+    def head(self) -> nn.Linear | None:
+        """The head in which log-probs are formed without logits; None where a run may need those.
+
+        A run compares values (`answer_head`). Here there are none, and the head's output must be what the model puts
+        out, untouched. Raises RuntimeError for a model that can't be run so.
+        """
+        head, _ = plain_head(self.model)
+        if head is None:
+            return None
+        given: list[Tensor] = []
+
+        def seen(hidden: Tensor) -> Tensor:
+            given.append(nn.Linear.forward(head, hidden))
+            return given[-1]
+
+        with self.fake, torch.no_grad(), head_replaced(head, seen):
+            tokens = torch.zeros((1, 2), dtype=torch.int64)
+            logits = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        return head if len(given) == 1 and logits is given[0] and logits._version == 0 else None
 
     def checkpoint(self, on: bool) -> None:
         """Gradient checkpointing, non-reentrant; raises ValueError for a model that has none."""

@@ -33,7 +33,9 @@ def checkpointed(skeleton):
 # docs/memory.md; beside tensors of tokens, a block keeps a mask of its own, and attention a number a token and head
 MASK = 4 * ROWS * LENGTH**2
 HEADS = 4 * TOKENS * H
-ENDS = 4 * TOKENS * (3 * D + V)
+# the last norm, and of each token that another follows a row, three indices and a normaliser
+FOLLOWED = ROWS * (LENGTH - 1)
+ENDS = 4 * TOKENS * 2 * D + FOLLOWED * (4 * D + 3 * 8 + 4)
 # what autograd doesn't keep by itself: q, k and v before rotation, o, down
 UNKEPT = 4 * TOKENS * (Q + 2 * K + 2 * D)
 
@@ -58,6 +60,19 @@ def test_what_a_frozen_block_keeps(skeleton):
     assert all(parameter.requires_grad for parameter in skeleton.model.parameters())
 
 
+def test_logits_are_kept_where_a_model_makes_more_of_them(skeleton):
+    from transformers import Gemma2Config
+
+    assert skeleton.head is skeleton.model.lm_head
+    sizes = {"hidden_size": D, "num_hidden_layers": 1, "num_attention_heads": H, "head_dim": 16, "vocab_size": V}
+    sizes |= {"num_key_value_heads": 3, "intermediate_size": F}
+    capped, plain = (Skeleton(Gemma2Config(final_logit_softcapping=cap, **sizes)) for cap in (30.0, None))
+    assert capped.head is None and plain.head is plain.model.lm_head
+    kept = [unlearning_step(skeleton, Workload(ROWS, ROWS, LENGTH), None).kept for skeleton in (capped, plain)]
+    # tanh keeps what it gives, and so does the division of it
+    assert kept[0] - kept[1] == pytest.approx(2 * 4 * TOKENS * V, rel=0.1)
+
+
 def test_what_a_checkpointed_block_keeps(checkpointed):
     run = unlearning_step(checkpointed, Workload(ROWS, ROWS, LENGTH), None)
     # one mask of bytes for all
@@ -65,11 +80,12 @@ def test_what_a_checkpointed_block_keeps(checkpointed):
 
 
 def test_operations(skeleton):
-    linear = 2 * TOKENS * (sum(skeleton.counts.regularized) + V * D)
+    linear = 2 * TOKENS * sum(skeleton.counts.regularized)
+    head = 2 * FOLLOWED * V * D
     attention = L * 4 * ROWS * LENGTH**2 * Q
     plain = unlearning_step(skeleton, Workload(ROWS, ROWS, LENGTH), None)
-    # the last token of a row predicts nothing, but its logits are formed; an attention's backward is 2.5 forwards
-    assert plain.flops == pytest.approx(2 * (3 * linear + 3.5 * attention), rel=0.01)
+    # a backward pass forms the logits again; an attention's is 2.5 forwards
+    assert plain.flops == pytest.approx(2 * (3 * linear + 4 * head + 3.5 * attention), rel=0.001)
     split = unlearning_step(skeleton, Workload(ROWS, ROWS // 2, LENGTH), None)
     assert split.flops == pytest.approx(plain.flops, rel=1e-6)
     penalised = unlearning_step(skeleton, Workload(ROWS, ROWS, LENGTH), "parameter")
@@ -77,7 +93,7 @@ def test_operations(skeleton):
     assert penalised.flops - plain.flops == 2 * TOKENS * sum(skeleton.counts.regularized)
     twice = unlearning_step(skeleton, Workload(ROWS, ROWS, LENGTH), "parameter", sharded=True)
     # neither the head's weights nor what is below the first block have a gradient in it
-    second = 2 * linear - 2 * TOKENS * (V * D + D * (Q + 2 * K)) + 2.5 * attention
+    second = 2 * linear - 2 * TOKENS * D * (Q + 2 * K) + 2 * head + 2.5 * attention
     assert twice.flops - plain.flops == pytest.approx(second, rel=0.001)
 
 
