@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 from tiny import tiny_gpt2, tiny_llama
 
 from ssiuu_fast.cli import main
+from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.planning.account import reference_bytes, unlearning_need
 from ssiuu_fast.planning.devices import PUBLISHED, measured_cpu
@@ -13,6 +15,7 @@ from ssiuu_fast.planning.dry_run import Workload
 from ssiuu_fast.planning.plan import RUNS, Plan
 from ssiuu_fast.planning.plan_options import PlanOptions
 from ssiuu_fast.planning.skeleton import Skeleton
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
 
 SMALL = ["--hidden_size", "64", "--layers", "2", "--heads", "4", "--vocab_size", "512"]
@@ -67,7 +70,7 @@ def test_published_totals(name):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("tied", [True, False])
-def test_counts_are_those_of_the_model(make, tied):
+def test_counts_are_those_of_the_model(make, tied, tmp_path):
     model = make()
     config = model.config
     config.tie_word_embeddings = tied
@@ -76,7 +79,10 @@ def test_counts_are_those_of_the_model(make, tied):
     assert counts.parameters == sum(parameter.numel() for parameter in model.parameters())
     regularizer = SSIUURegularizer(model)
     assert sorted(counts.regularized) == sorted(p.numel() for p in regularizer.regularized_parameters)
-    assert counts.copied == sum(tensor.numel() for tensor in model.state_dict().values())
+    best = BestWeights(model, Ranks.alone())
+    best.offer(0.0, step=1, epoch=1.0)
+    best.save(tmp_path / "best.safetensors")
+    assert counts.copied == sum(tensor.numel() for tensor in load_file(tmp_path / "best.safetensors").values())
 
 
 def test_bytes_of_references():
