@@ -101,8 +101,8 @@ def truth_of(case, weights=None):
     return torch.einsum("b,btn,btk->nk", double.weights if weights is None else weights.double(), gradient, input)
 
 
-def rounding_of(case, scaled_operand=False):
-    """By how much a sum in float32, in an order of its own, may be off.
+def rounding_of(case, scaled_operand=False, out=None):
+    """By how much a sum in float32 with `out`, in an order of its own, may be off.
 
     scaled_operand: the products are of operands of which one was rounded, and are rounded before they are added to out.
     """
@@ -112,7 +112,8 @@ def rounding_of(case, scaled_operand=False):
     roundings = 4 * torch.finfo(torch.float32).eps
     if scaled_operand:
         roundings += torch.finfo(case.gradient.dtype).eps
-    return roundings * truth_of(absolute).max()
+    largest = truth_of(absolute).max()
+    return roundings * (largest if out is None else largest + out.abs().max())
 
 
 def transcribed(case):
