@@ -17,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in a model. Elements, not bytes; `copied` counts tied parameters as often as a state dict names them."""
+    """What is in a model. Elements, not bytes; `copied` are those that BestWeights keeps (loop/best.py)."""
 
     parameters: int
     regularized: tuple[int, ...]  # elements of each regularised parameter
@@ -135,6 +135,7 @@ def _counted(model: nn.Module) -> Counts:
     sizes = [parameter.numel() for parameter in model.parameters()]
     regularized = select_parameters(model, None)
     modules = select_modules(model, None)
+    saved = model.state_dict()
     blocks: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -147,7 +148,7 @@ def _counted(model: nn.Module) -> Counts:
         regularized=tuple(parameter.numel() for parameter in regularized.values()),
         largest=max(sizes),
         block=max(blocks.values()),
-        copied=sum(tensor.numel() for tensor in model.state_dict().values()),
+        copied=sum(sizes) + sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved),
         modules=len(modules),
         neurons=sum(_width(module) for module in modules.values()),
     )

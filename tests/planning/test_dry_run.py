@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssiuu_fast.planning.dry_run import Workload, attribution, unlearning_step
+from ssiuu_fast.planning.dry_run import LOSS, Workload, attribution, unlearning_step
 from ssiuu_fast.planning.live_memory import LiveMemory
 from ssiuu_fast.planning.skeleton import Skeleton, llama_config
 
@@ -89,20 +89,62 @@ def test_operations(skeleton):
     split = unlearning_step(skeleton, Workload(ROWS, ROWS // 2, LENGTH), None)
     assert split.flops == pytest.approx(plain.flops, rel=1e-6)
     penalised = unlearning_step(skeleton, Workload(ROWS, ROWS, LENGTH), "parameter")
+    # one product of each regularised weight
+    assert penalised.flops - plain.flops == 2 * TOKENS * sum(skeleton.counts.regularized)
+    twice = unlearning_step(skeleton, Workload(ROWS, ROWS, LENGTH), "parameter", sharded=True)
     # neither the head's weights nor what is below the first block have a gradient in it
     second = 2 * linear - 2 * TOKENS * D * (Q + 2 * K) + 2 * head + 2.5 * attention
-    assert penalised.flops - plain.flops == pytest.approx(second, rel=0.001)
+    assert twice.flops - plain.flops == pytest.approx(second, rel=0.001)
+
+
+def test_a_row_alone_takes_no_product(skeleton):
+    plain, penalised = (unlearning_step(skeleton, Workload(4, 1, LENGTH), grain) for grain in (None, "parameter"))
+    assert penalised.flops == plain.flops
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_one_micro_batch_holds_one_weights_gradient_of_the_target(skeleton, checkpointing):
+    skeleton.checkpoint(checkpointing)
+    try:
+        plain, penalised = (
+            unlearning_step(skeleton, Workload(ROWS, ROWS, LENGTH), grain) for grain in (None, "parameter")
+        )
+    finally:
+        skeleton.checkpoint(False)
+    assert penalised.two_passes == ""
+    assert penalised.phases.keys() == plain.phases.keys()
+    # and an operand of its product, times the rows' weights
+    most = 4 * D * F + 4 * TOKENS * F
+    assert 0 <= penalised.phases.pop(LOSS) - plain.phases.pop(LOSS) <= most
+    assert penalised.phases == plain.phases
 
 
 def test_gradients_of_micro_batches():
-    """Σg and g beside the gradients, as docs/memory.md says."""
+    """Σg beside the gradients, and in two passes g too, as docs/memory.md says."""
     # activations are next to nothing where a row has two tokens, of few words
     skeleton = Skeleton(llama_config(D, L, H, 3, F, 16, tied=True))
     gradients, g = 4 * skeleton.counts.parameters, 4 * sum(skeleton.counts.regularized)
-    whole = unlearning_step(skeleton, Workload(2, 2, 2), "parameter")
-    assert max(whole.phases.values()) == pytest.approx(gradients, rel=0.2)
-    split = unlearning_step(skeleton, Workload(2, 1, 2), "parameter")
-    assert max(split.phases.values()) == pytest.approx(gradients + 2 * g, rel=0.1)
+
+    def most(batch_size: int, sharded: bool) -> int:
+        run = unlearning_step(skeleton, Workload(batch_size, 2, 2), "parameter", sharded=sharded)
+        return max(run.phases.values())
+
+    for sharded in (False, True):
+        assert most(2, sharded) == pytest.approx(gradients, rel=0.2)
+    assert most(4, False) == pytest.approx(gradients + g, rel=0.1)
+    assert most(4, True) == pytest.approx(gradients + 2 * g, rel=0.1)
+
+
+def test_a_model_whose_graph_asks_for_it_takes_two_passes():
+    skeleton = Skeleton(llama_config(D, L, H, 3, F, 16, tied=True))
+    one = unlearning_step(skeleton, Workload(2, 2, 8), "parameter")
+    module = skeleton.model.model.layers[1].mlp.up_proj
+    module.forward = lambda hidden: torch.nn.functional.linear(hidden, module.weight)
+    run = unlearning_step(skeleton, Workload(2, 2, 8), "parameter")
+    assert "1 regularised parameter(s) are not" in run.two_passes
+    sharded = unlearning_step(skeleton, Workload(2, 2, 8), "parameter", sharded=True)
+    assert run.phases == pytest.approx(sharded.phases, rel=1e-3)
+    assert run.flops == sharded.flops > one.flops
 
 
 @pytest.mark.parametrize("grain", [None, "parameter", "neuron"])
