@@ -95,6 +95,13 @@ def test_tiles_depend_on_memory_not_on_results():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("group", [2, 3])
+def test_more_rows_of_tiles_than_a_group(monkeypatch, group):
+    monkeypatch.setattr(weight_gradient, "_GROUP", group)
+    case = make_case(((1, 3), 200, 70), torch.float32, 0, torch.Generator().manual_seed(0))
+    check_weighted(f"groups of {group}", case, 0, "triton")
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_a_sample_without_weight_may_hold_anything():
     case = make_case(((3, 5), 5, 7), torch.float32, 0, torch.Generator().manual_seed(0))
