@@ -17,10 +17,14 @@ import neuron_grid  # noqa: E402
 import penalty_grid  # noqa: E402
 import small_grid  # noqa: E402
 import test_gpu_large  # noqa: E402
+import test_gpu_offload  # noqa: E402
 import test_gpu_sanitizer  # noqa: E402
 import test_gpu_weight_gradients  # noqa: E402
 import weight_gradient_cases  # noqa: E402
 from operator_calls import OPERATORS, check_determinism  # noqa: E402
+
+from ssiuu_fast import host_references  # noqa: E402
+from ssiuu_fast.copy_lanes import WaitingLanes  # noqa: E402
 
 CPU = torch.device("cpu")
 # "auto" is C++ where it has a kernel
@@ -156,3 +160,13 @@ def test_large_tensors_slice_by_slice(kind, monkeypatch):
         # the library rounds what isn't written elsewhere
         test_gpu_large.test_weight_gradients_of_operands_of_more_than_2_to_the_31_elements(CPU, "reference")
         test_gpu_large.test_weight_gradients_of_more_than_2_to_the_31_elements(CPU, "reference")
+
+
+@pytest.mark.parametrize("one_backward", [True, False])
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_references_in_host_memory(one_backward, monkeypatch):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(test_gpu_offload, "SIZES", sizes)
+    monkeypatch.setattr(host_references, "lanes_of", WaitingLanes)
+    test_gpu_offload.test_the_same_bits(CPU, one_backward, "8bit", 1, 2, monkeypatch, None)
+    test_gpu_offload.test_initial_references(CPU, one_backward, None)
