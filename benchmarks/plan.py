@@ -45,9 +45,10 @@ class Case:
 
 
 CASES = {
-    "20 M, unlearning by GD": Case(MIDDLE, "unlearning", 8, 128),
+    "20 M, unlearning by GD": Case(MIDDLE, "unlearning", 16, 128),
     "20 M, neurons, checkpointing": Case(MIDDLE, "unlearning", 16, 256, grain="neuron", checkpointing=True),
     "20 M, parameters, 8-bit references": Case(MIDDLE, "unlearning", 16, 128, grain="parameter", state_dtype="8bit"),
+    "100 M, unlearning by GD, 2 micro-batches": Case(LARGE, "unlearning", 8, 128, micro_batch_size=4),
     "100 M, parameters, fp32, 2 micro-batches": Case(
         LARGE, "unlearning", 8, 128, micro_batch_size=4, grain="parameter", state_dtype="float32"
     ),
@@ -132,7 +133,8 @@ def _unlearn(model, case):
     if case.grain is not None:
         penalty = {
             "weight": 1e-3,
-            "target": "log_probability",
+            # rows that differ, so that g takes a product of its own
+            "target": "mean_token_probability",
             "granularity": case.grain,
             "state_dtype": case.state_dtype,
         }

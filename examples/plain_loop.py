@@ -1,4 +1,4 @@
-"""Unlearning in a plain PyTorch loop: the penalty is one line before the loss's own backward.
+"""Unlearning in a plain PyTorch loop: the penalty is one line in place of the loss's own backward.
 
     python examples/plain_loop.py                                   # a small model, a minute on the CPU
     python examples/plain_loop.py --model org/name --forget forget.jsonl --retain retain.jsonl \\
@@ -33,8 +33,8 @@ regularizer = SSIUURegularizer(model, relative_weight=30)
 for step in range(options.steps):
     forget, retain = (batch(encoder, rows, step, model.device) for rows in (forget_rows, retain_rows))
     log_probs = sequence_log_probs(model(forget["input_ids"], forget["attention_mask"]).logits, forget["labels"])
-    regularizer.backward(log_probs)  # keeps the graph for the next line
-    (log_probs.sum() / answer_token_counts(forget["labels"]).sum()).backward()  # gradient ascent on the answers
+    loss = log_probs.sum() / answer_token_counts(forget["labels"]).sum()  # gradient ascent on the answers
+    regularizer.backward(log_probs, loss=loss)  # in place of loss.backward()
     model(**retain).loss.backward()
     regularizer.after_backward()  # measures the gradient until λ is fixed
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()

@@ -5,7 +5,7 @@ from importlib import import_module
 from ssiuu_fast import ops
 from ssiuu_fast.attribution import Attribution, attribute
 from ssiuu_fast.influence import influence_variation
-from ssiuu_fast.ops import answer_token_counts, sequence_log_probs
+from ssiuu_fast.ops import answer_token_counts, sequence_log_probs, sequence_log_probs_from_hidden
 from ssiuu_fast.regularizer import SSIUURegularizer
 from ssiuu_fast.regularizer_file import load_regularizer, save_regularizer
 
@@ -23,6 +23,7 @@ __all__ = [
     "ops",
     "save_regularizer",
     "sequence_log_probs",
+    "sequence_log_probs_from_hidden",
 ]
 
 # what needs transformers is imported where it is asked for: the drop-in needs torch alone

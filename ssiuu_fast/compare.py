@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ssiuu_fast import models
@@ -39,8 +40,8 @@ def run_sweep(
 
     start: the model that every run begins from. notes: more to say under the table. Writes results.json, table.md and
     comparison.png; every run has files of its own in runs/, and what a stopped sweep finished is taken from there. A
-    run that raised makes a line that says so, and is tried again when the sweep goes on. Raises ValueError where the
-    model knows nothing of the forget set.
+    run that raised, or whose process was killed, makes a line that says so, and is tried again when the sweep goes on.
+    Raises ValueError where the model knows nothing of the forget set.
     """
     parts = RunFolder(run.file("runs"))
     parts.path.mkdir(exist_ok=True)
@@ -58,6 +59,7 @@ def run_sweep(
         description="runs",
         done=finished(sweep, parts),
         device=recipe.device,
+        died=partial(killed, parts=parts),
     )
     lines = sweep_lines(sweep, done, task)
     run.write_json("results.json", lines)
@@ -92,8 +94,7 @@ def finished(sweep: Sweep, parts: RunFolder) -> dict[Job, dict]:
 def work(job: Job, sweep: Sweep, task: Task, recipe: UnlearningRecipe, start: str, folder: Path, say: Say) -> dict:
     """Does one job and writes its result to <job.file>.json; of one that raises, only the traceback (.error.txt)."""
     parts = RunFolder(folder)
-    failed = parts.file(f"{job.file}.error.txt")
-    failed.unlink(missing_ok=True)
+    parts.file(f"{job.file}.error.txt").unlink(missing_ok=True)
     clock, processor = time.perf_counter(), time.process_time()
     try:
         if job.what == "unlearn":
@@ -102,16 +103,24 @@ def work(job: Job, sweep: Sweep, task: Task, recipe: UnlearningRecipe, start: st
             result = _attack(job, task, recipe, start, parts, say)
     # whatever it is, the other methods go on
     except Exception as error:
-        failed.write_text(traceback.format_exc(), encoding="utf-8")
-        message = f"{type(error).__name__}: {error}"
-        say(f"{job.file}: {message}")
-        return {"error": message}
+        return _failed(job, f"{type(error).__name__}: {error}", traceback.format_exc(), parts, say)
     result |= {"seconds": time.perf_counter() - clock, "processor_seconds": time.process_time() - processor}
     parts.write_json(f"{job.file}.json", result)
     if job.what == "attack" and job.seed > 0:
         # of each line one model is enough to look at
         shutil.rmtree(parts.file(job.unlearning.file))
     return result
+
+
+def killed(job: Job, how: str, say: Say, *, parts: RunFolder) -> dict:
+    """The result of a job whose process was killed, and couldn't write anything itself."""
+    return _failed(job, how, how, parts, say)
+
+
+def _failed(job: Job, message: str, written: str, parts: RunFolder, say: Say) -> dict:
+    parts.file(f"{job.file}.error.txt").write_text(f"{written.rstrip()}\n", encoding="utf-8")
+    say(f"{job.file}: {message}")
+    return {"error": message}
 
 
 def _unlearn(

@@ -21,7 +21,8 @@ from ssiuu_fast.experiment import (
     tofu_task,
 )
 from ssiuu_fast.methods import method as method_named
-from ssiuu_fast.objectives import make_objective
+from ssiuu_fast.objectives import OBJECTIVES, make_objective
+from ssiuu_fast.sampling import refuse_empty_micro_batches
 from ssiuu_fast.sweep import Sweep, learning_rates
 
 # the learning rate at which the paper's models were taught TOFU; attacks take multiples of it
@@ -71,9 +72,14 @@ def setting(options: CompareOptions) -> Setting:
         teaching_rate=taught_at or recipe.teaching_rate,
         max_positions=options.max_length or recipe.max_positions,
         relative_weight=options.relative_weight,
+        every=options.every,
         objective_options=objective_options,
         **{name: getattr(options, name) for name in ("batch_size", "micro_batch_size", "style", "dtype", "device")},
     )
+    sets = {"forget": task.split.forget}
+    if any(OBJECTIVES[method_named(name).objective].needs_retain for name in options.methods):
+        sets["retain"] = task.split.retain
+    refuse_empty_micro_batches(recipe.batch_size, recipe.micro_batch_size, sets)
     if options.model is not None:
         _check_rows(options.model, recipe, task)
     rates = tuple(options.learning_rates or learning_rates(recipe.teaching_rate))

@@ -59,6 +59,7 @@ class CompareOptions:
         penalised_max_epochs: the same, for a method with the penalty at the learning rate found for its backbone.
         objective_options: options of objectives by name, for example {npo: {beta: 0.5}}.
         relative_weight: the penalty relative to the gradient at the start.
+        every: penalise each k-th step only, k times as much.
         batch_size: forget rows a step, and retain rows as many.
         micro_batch_size: rows at once, to save memory; the result is the same.
         taught_at: learning rate that taught the model; attacks take multiples of it. Left open: what memorize noted in
@@ -87,6 +88,7 @@ class CompareOptions:
     penalised_max_epochs: int = 100
     objective_options: dict[str, dict] | None = None
     relative_weight: float = 30.0
+    every: int = 1
     batch_size: int = 16
     micro_batch_size: int | None = None
     taught_at: float | None = None
@@ -104,7 +106,8 @@ class CompareOptions:
             raise ValueError("methods is empty: name those to compare, for example ga,gd,ssiuu")
         if len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods names one twice: {', '.join(self.methods)}")
-        require(self, 1, "seeds", "max_epochs", "penalised_max_epochs", "batch_size", "micro_batch_size", "max_length")
+        require(self, 1, "seeds", "max_epochs", "penalised_max_epochs", "every")
+        require(self, 1, "batch_size", "micro_batch_size", "max_length")
         require_above_zero(self, "taught_at", "relative_weight")
         if self.learning_rates is not None:
             for rate in self.learning_rates:

@@ -26,6 +26,7 @@ from ssiuu_fast.experiment import (
 from ssiuu_fast.influence_study import Study, notes_on_options, study, with_options
 from ssiuu_fast.report.figures import grouped_bars
 from ssiuu_fast.report.influence_page import study_text, write_page
+from ssiuu_fast.report.method_table import PENALTY_SHARE_NOTE
 from ssiuu_fast.report.text import comparison, mean_sd, table
 from ssiuu_fast.runs import RunFolder
 from ssiuu_fast.workers import run_jobs
@@ -132,6 +133,7 @@ def report(rows: list[dict], unlearning: dict[tuple[str, int], dict]) -> str:
             "FS: score on the forget set (lower is better). RS: on rows held out from unlearning (higher is better).",
             "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it;",
             "benign: on the forget set while retraining on unrelated instructions (lower is better).",
+            PENALTY_SHARE_NOTE,
             "",
             *(_reached(method, unlearning) for method in METHODS),
             *_verdicts(values, all(details["reached"] for details in unlearning.values())),

@@ -7,6 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ssiuu_fast.shards import is_sharded
+
 FREED_GRAPH = "Trying to backward through the graph a second time"
 REENTRANT = "use_reentrant=True"
 DONATED_BUFFERS = "donated buffers"
@@ -34,20 +36,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The user's own module under torch.compile and DistributedDataParallel, for what works under both."""
+    return _unwrapped(model)[0]
+
+
 def strip(model: nn.Module) -> tuple[nn.Module, nn.parallel.DistributedDataParallel | None]:
     """The user's own module under torch.compile and DistributedDataParallel, and the latter.
 
     Raises ValueError for wrappers in which the gradient of the target, or its sum over ranks, can't be had.
     """
-    ddp = None
-    while True:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            ddp = model
-            model = model.module
-        else:
-            break
+    model, ddp = _unwrapped(model)
     for name, module in model.named_modules():
         _refuse_module(name or "the model", module)
     if ddp is not None and ddp.static_graph:
@@ -57,6 +56,18 @@ def strip(model: nn.Module) -> tuple[nn.Module, nn.parallel.DistributedDataParal
         )
     keep_unpacked(model)
     return model, ddp
+
+
+def _unwrapped(model: nn.Module) -> tuple[nn.Module, nn.parallel.DistributedDataParallel | None]:
+    ddp = None
+    while True:
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            ddp = model
+            model = model.module
+        else:
+            return model, ddp
 
 
 def keep_unpacked(model: nn.Module) -> None:
@@ -106,7 +117,7 @@ def refuse_partitioned(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> 
 
 def refuse_sharded(named_parameters: Iterable[tuple[str, nn.Parameter]], remedy: str) -> None:
     for name, parameter in named_parameters:
-        if hasattr(parameter, "device_mesh"):
+        if is_sharded(parameter):
             raise ValueError(f"{name} is a DTensor (FSDP2 or tensor parallel): {remedy}")
 
 
@@ -169,14 +180,22 @@ def measuring() -> Iterator[None]:
     global _measuring_passes
     _measuring_passes += 1
     try:
+        with explained():
+            yield
+    finally:
+        _measuring_passes -= 1
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a backward pass; what autograd complains of gets a remedy."""
+    try:
         yield
     except RuntimeError as error:
         remedy = _remedy(str(error))
         if remedy is None:
             raise
         raise RuntimeError(remedy) from error
-    finally:
-        _measuring_passes -= 1
 
 
 def is_measuring() -> bool:

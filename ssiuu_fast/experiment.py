@@ -74,6 +74,7 @@ class UnlearningRecipe:
     max_positions: int
     unlearning_rate: float | None = None
     relative_weight: float = STARTING_RELATIVE_WEIGHT
+    every: int = 1
     max_epochs: int = 100
     batch_size: int = 16
     micro_batch_size: int | None = None
@@ -273,7 +274,7 @@ def unlearn_task(
         objective_options=recipe.objective_options.get(named.objective),
         learning_rate=recipe.unlearning_rate,
         threshold=task.threshold,
-        penalty={"relative_weight": recipe.relative_weight} if named.penalised else None,
+        penalty={"relative_weight": recipe.relative_weight, "every": recipe.every} if named.penalised else None,
         refusals=[DEFAULT_REFUSAL],
         max_new_tokens=recipe.max_new_tokens,
         max_epochs=recipe.max_epochs,

@@ -1,12 +1,12 @@
 """The ranks that share a step at the grain of neurons: what they wait for together, and what the loop divides by."""
 
-import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.selection import base_layer
+from ssiuu_fast.shards import is_sharded, sharded_modules
 from ssiuu_fast.taps import Taps
 
 
@@ -56,7 +56,7 @@ class ShardedModels:
                     "work with: leave the offloading out"
                 )
         # ignored by fully_shard, or gathered just now, they are no DTensors, and the taps don't mind
-        parameters = {name: p for name, p in model.named_parameters() if hasattr(p, "device_mesh")}
+        parameters = {name: p for name, p in model.named_parameters() if is_sharded(p)}
         self.ranks, self.shards = ranks_of(self._groups, parameters, process_group)
         # whether a rank still has a batch
         self.agreement = Agreement(self.ranks, 1, lambda last: True)
@@ -92,10 +92,7 @@ def ranks_of_step(
     calibrated: bool,
 ) -> WholeModels | ShardedModels:
     """calibrated: whether the gradient of the penalty has to be measured on its own."""
-    if torch.distributed.is_available():
-        from ssiuu_fast.sharded import is_sharded
-
-        if is_sharded(model):
-            return ShardedModels(model, modules, process_group, calibrated)
+    if sharded_modules(model):
+        return ShardedModels(model, modules, process_group, calibrated)
     engines.refuse_sharded(model.named_parameters(), "tensor parallel is not supported")
     return WholeModels(process_group, ddp)

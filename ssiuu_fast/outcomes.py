@@ -14,7 +14,7 @@ def sweep_lines(sweep: Sweep, done: Mapping[Job, dict], task: Task) -> list[dict
 
     label; method; learning_rate (None where none was found); outcome, a few words; explanation, a sentence or None;
     searched: what each rate gave, seed 0; seeds: what each run at the found rate gave; scores: column → one value for
-    each seed that reached the threshold.
+    each seed that reached the threshold and was attacked, the same seeds in every column.
     """
     attacks = done[BEFORE_JOB.attack]
     before = {name: done[BEFORE_JOB][name] for name in ("FS", "RS", "US") if name in done[BEFORE_JOB]}
@@ -45,12 +45,14 @@ def _outcome(line: Line, sweep: Sweep, done: Mapping[Job, dict]) -> dict:
     runs = sweep.runs(line, done)
     found["seeds"] = [_seed(job, done) for job in runs]
     arrived = [seed for seed in found["seeds"] if seed.get("reached")]
+    # columns of different seeds couldn't be read beside each other
+    attacked = [seed for seed in arrived if "error" not in seed]
     found["scores"] = {
         column: values
         for column in ("FS", "RS", "US", *ATTACKS, "epochs", "penalty_share")
-        if (values := [seed[column] for seed in arrived if seed.get(column) is not None])
+        if (values := [seed[column] for seed in attacked if seed.get(column) is not None])
     }
-    return found | _how_many(line, found["seeds"], arrived)
+    return found | _how_many(line, found["seeds"], len(arrived), len(attacked))
 
 
 def _seed(job: Job, done: Mapping[Job, dict]) -> dict:
@@ -96,7 +98,7 @@ def _not_found(line: Line, searched: list[dict]) -> dict:
     return {"outcome": "never reached", "explanation": said}
 
 
-def _how_many(line: Line, seeds: list[dict], arrived: list[dict]) -> dict:
+def _how_many(line: Line, seeds: list[dict], arrived: int, attacked: int) -> dict:
     failed = "error, " if any("error" in seed for seed in seeds) else ""
     said = []
     for seed in seeds:
@@ -105,7 +107,9 @@ def _how_many(line: Line, seeds: list[dict], arrived: list[dict]) -> dict:
         elif not seed["reached"]:
             how = "diverged" if seed["stopped_by"] == "divergence" else f"not reached in {line.max_epochs} epochs"
             said.append(f"seed {seed['seed']}: {how}, lowest forget score {seed['score']:.3f}")
-    return {"outcome": f"{failed}reached {len(arrived)}/{len(seeds)}", "explanation": "; ".join(said) or None}
+    left_out = f", attacked {attacked}/{arrived}" if attacked < arrived else ""
+    outcome = f"{failed}reached {arrived}/{len(seeds)}{left_out}"
+    return {"outcome": outcome, "explanation": "; ".join(said) or None}
 
 
 def _mark_collapse(line: dict, before: float, chance: float) -> None:

@@ -119,12 +119,3 @@ class Ranks:
         if self.size == 1:
             return condition
         return bool(self.sum_(torch.tensor(int(condition), device=device)).item())
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What of a sharded tensor lies on this rank, the same memory; any other tensor as it is."""
-    if not hasattr(tensor, "to_local"):
-        return tensor
-    # with gradients enabled it would be a node of a graph
-    with torch.no_grad():
-        return tensor.to_local()

@@ -1,5 +1,6 @@
 """Which rows a step sees: a function of (seed, step) alone, so that every layout and every resumed run agrees."""
 
+from collections.abc import Mapping, Sized
 from functools import lru_cache
 
 import torch
@@ -46,6 +47,24 @@ def number_of_micro_batches(batch_size: int, micro_batch_size: int | None) -> in
     """The smallest number of equal micro-batches of at most micro_batch_size rows."""
     least = 1 if micro_batch_size is None else -(-batch_size // micro_batch_size)
     return next(number for number in range(least, batch_size + 1) if batch_size % number == 0)
+
+
+def refuse_empty_micro_batches(
+    batch_size: int, micro_batch_size: int | None, sets: Mapping[str, Sized], processes: int = 1
+) -> None:
+    """Raises ValueError where micro_batch_size cuts a step into more micro-batches than a set has rows.
+
+    sets: the rows that steps are drawn from, by the name of each set. processes: how many share the batch.
+    """
+    each = number_of_micro_batches(batch_size // processes, micro_batch_size)
+    for name, rows in sets.items():
+        if each > 1 and len(rows) < processes * each:
+            among = "" if processes == 1 else f" in each of {processes} processes"
+            raise ValueError(
+                f"micro_batch_size={micro_batch_size} cuts a batch of {batch_size} into {each} micro-batches{among}, "
+                f"and each needs a {name} row, of which there are {len(rows)}: raise micro_batch_size or leave it out, "
+                "or lower batch_size"
+            )
 
 
 @lru_cache(maxsize=8)

@@ -11,20 +11,16 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ssiuu_fast import engines
 from ssiuu_fast.agreement import Agreement
-from ssiuu_fast.ranks import Ranks, local_part
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.replicated import Gradients
 from ssiuu_fast.selection import NamedParameters
+from ssiuu_fast.shards import from_local_part, is_sharded, local_part, sharded_modules
 from ssiuu_fast.step import MicroBatch
 
 # FSDP2's private parts, and where they were seen to be what they are taken for
 _TESTED = "2.13"
 _GROUP_PARTS = ("fsdp_params", "mesh_info", "gradient_divide_factor", "reduce_grads", "all_reduce_grads")
 _PARAMETER_PARTS = ("sharded_param", "unsharded_accumulated_grad")
-
-
-def is_sharded(model) -> bool:
-    """Whether it is a model to some module of which `fully_shard` was applied."""
-    return isinstance(model, nn.Module) and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 class Sharded:
@@ -36,7 +32,7 @@ class Sharded:
 
     def __init__(self, model: nn.Module, parameters: NamedParameters, process_group):
         self._groups = parameter_groups(model)
-        self._context = next(m for m in model.modules() if isinstance(m, FSDPModule))._get_fsdp_state()._state_ctx
+        self._context = sharded_modules(model)[0]._get_fsdp_state()._state_ctx
         # a module that is gathered just now has other objects in place of its shards, whose .grad stays empty
         gathered = {id(p._unsharded_param): p.sharded_param for p in self._managed() if hasattr(p, "_unsharded_param")}
         self._all = [gathered.get(id(parameter), parameter) for parameter in model.parameters()]
@@ -61,9 +57,9 @@ class Sharded:
         """Shards of scale · ∂T/∂φ over all ranks' samples and their number; None outside of their graphs."""
         return self._gradients(batch, scale, retain_graph=True)
 
-    def agree_to_share(self, batch: MicroBatch, refused: bool) -> bool:
-        """Whether g is had from the loss's own pass: all ranks refuse."""
-        return not refused
+    def any_refuses_one_pass(self, batch: MicroBatch, refuses: bool) -> bool:
+        """All do: FSDP2 needs two passes."""
+        return True
 
     def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
         """They were summed on the way."""
@@ -80,14 +76,7 @@ class Sharded:
         return samples
 
     def give(self, parameter: nn.Parameter, gradient: Tensor) -> None:
-        parameter.grad = DTensor.from_local(
-            gradient,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        parameter.grad = from_local_part(parameter, gradient)
 
     def _gradients(self, batch: MicroBatch, scale: float, retain_graph: bool) -> tuple[Gradients, int]:
         self._refuse_unsynchronised()
@@ -200,7 +189,7 @@ def parameter_groups(model: nn.Module) -> list:
 
     RuntimeError where this torch has other private parts than those that this package works with.
     """
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    modules = sharded_modules(model)
     _refuse_other_parts(modules, "_get_fsdp_state")
     states = [module._get_fsdp_state() for module in modules]
     _refuse_other_parts(states, "_state_ctx")
@@ -241,7 +230,7 @@ def _mesh(groups: list, parameters: NamedParameters):
     if any(group.mesh_info.mesh != mesh for group in groups):
         raise ValueError("the model's modules are sharded over different meshes: give fully_shard the same one")
     for name, parameter in parameters.items():
-        if not isinstance(parameter, DTensor):
+        if not is_sharded(parameter):
             raise ValueError(
                 f"{name} is not sharded just now, in a model that fully_shard was applied to: call reshard() on its "
                 "modules before building the regulariser, and leave ignored parameters out with parameters=[...]"

@@ -15,12 +15,15 @@ STEPS_WATCHED = 10
 
 
 def too_small(share: float, parameters: Iterable[nn.Parameter]) -> str | None:
-    """Why a penalty of this mean share of these parameters' gradient can't matter; None where it can."""
+    """Why a penalty of this share of these parameters' gradient, a mean over the penalised steps, can't matter.
+
+    None where it can.
+    """
     if share >= SMALL_SHARE:
         return None
     reason = (
-        f"the penalty was {share:.1e} of the gradient on average: too little to matter, this run is the objective "
-        "alone in all but name. Raise weight, or use relative_weight (30 is where to start)"
+        f"the penalty was {share:.1e} of the gradient on average over the penalised steps: too little to matter, this "
+        "run is the objective alone in all but name. Raise weight, or use relative_weight (30 is where to start)"
     )
     if share < SWALLOWED_SHARE and any(parameter.dtype.itemsize == 2 for parameter in parameters):
         reason += ". 16-bit gradients swallow much of a penalty this small: keep weights and gradients in fp32"
@@ -28,7 +31,7 @@ def too_small(share: float, parameters: Iterable[nn.Parameter]) -> str | None:
 
 
 class ShareWatch:
-    """Warns once if the mean share over the first steps is too small."""
+    """Warns once if the mean share over the first penalised steps is too small."""
 
     def __init__(self, parameters: list[nn.Parameter]):
         self._parameters = parameters

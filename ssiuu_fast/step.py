@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.host_copy import HostCopy
-from ssiuu_fast.ranks import Ranks, local_part
+from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.shards import local_part
 
 # what to do about a step with non-finite attributions; a GPU is not waited for
 IN_TIME = "Don't take this step"

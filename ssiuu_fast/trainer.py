@@ -1,45 +1,41 @@
 """Unlearning on transformers.Trainer: the objective and the penalty in its step, an early stop, whole checkpoints."""
 
-import logging
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 from ssiuu_fast.data.collate import Encoder
-from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.loop import checkpoints
 from ssiuu_fast.loop.best import BestWeights
+from ssiuu_fast.loop.callbacks import Ends, quiet_about_no_steps
+from ssiuu_fast.loop.fingerprint import frozen_fingerprint
 from ssiuu_fast.loop.flow import UnlearningFlow
-from ssiuu_fast.loop.progress import Progress, read_progress
-from ssiuu_fast.loop.rows import Rows, read_rows
+from ssiuu_fast.loop.rows import read_rows
+from ssiuu_fast.loop.scored_trainer import REFERENCE_LOG_PROBS, ScoredTrainer
 from ssiuu_fast.loop.start import (
     reference_batches,
     refuse_half_weights,
     refuse_missing_weights,
     refuse_rows,
-    run_settings,
     threshold_of,
 )
 from ssiuu_fast.loop.step_log import StepLog, penalty_figures
 from ssiuu_fast.loop.steps import Part, Steps
-from ssiuu_fast.objectives.modules import reshard
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
-from ssiuu_fast.regularizer_file import load_regularizer, save_regularizer
+from ssiuu_fast.regularizer_file import load_regularizer
+from ssiuu_fast.shards import reshard, whole
 from ssiuu_fast.trainer_config import UnlearningConfig
 
-REFERENCE_LOG_PROBS = "reference_log_probs"
 
-
-class UnlearningTrainer(Trainer):
+class UnlearningTrainer(ScoredTrainer):
     """Unlearns rows from a model by an objective, with the Ssiuu penalty, until it doesn't know them any more.
 
         trainer = UnlearningTrainer(model, UnlearningConfig(output_dir="run", relative_weight=30),
@@ -51,17 +47,16 @@ class UnlearningTrainer(Trainer):
         Lines, or tokenised rows (loop.rows.read_rows). test is only scored, in every evaluation.
     refusals: texts that DPO prefers to the answers; drawn for each row and pass.
     processing_class: the tokenizer; needed for texts.
-    forget_score: gives the forget score of the model; left open, evaluation.scores.score of the forget texts.
+    forget_score: gives the forget score of the model; left open, evaluation.scores.score of the forget texts. With one
+        of your own give UnlearningConfig a threshold too: there is no early stop without.
 
     Every step has the same number of forget rows, drawn from (seed, step), whatever the number of ranks and
     micro-batches. The forget score is taken before the first step and as eval_strategy says; at or under the threshold
     the run ends. One that never gets there, or whose gradient stops being a number, ends with the weights of its lowest
-    score. `progress()` tells what happened.
+    score; without a threshold, with those of the last step. `progress()` tells what happened.
 
     Raises ValueError for rows, options and models that can't work together, before anything is changed.
     """
-
-    args: UnlearningConfig
 
     def __init__(
         self,
@@ -120,8 +115,9 @@ class UnlearningTrainer(Trainer):
         self._step_log = StepLog(args.device)
         self._resumed: tuple[Path, dict | None, dict] | None = None
         self._staging: Path | None = None
+        self._frozen_weights: str | None = None
         self.add_callback(self.flow)
-        self.add_callback(_Ends(self))
+        self.add_callback(Ends(self))
 
     # what a run is made of
 
@@ -133,10 +129,13 @@ class UnlearningTrainer(Trainer):
     ):
         """As Trainer.train. True resumes from the last checkpoint of output_dir, bit by bit as if never interrupted.
 
-        Raises ValueError for a checkpoint of another configuration or of other rows.
+        Raises ValueError for a checkpoint of another configuration, of other rows or on another base model.
         """
         run, bare = Path(self.args.output_dir), self.accelerator.unwrap_model(self.model)
         refuse_missing_weights(bare, self.ranks)
+        if self._frozen_weights is None:
+            # before anything is cast, sharded or frozen for the run; the first rank's weights are those that count
+            self._frozen_weights = self.ranks.gather(frozen_fingerprint(bare))[0]
         folder = checkpoints.find(run, resume_from_checkpoint)
         if folder is None:
             checkpoints.refuse_older(run)
@@ -157,7 +156,7 @@ class UnlearningTrainer(Trainer):
         # compiled code would give the buffers of a graph to the first of its two backward passes
         kept_buffers = torch._functorch.config.patch(donated_buffer=False) if self.args.torch_compile else nullcontext()
         try:
-            with kept_buffers, _quiet_about_no_steps():
+            with kept_buffers, quiet_about_no_steps():
                 return super().train(
                     None if folder is None else str(folder), trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
                 )
@@ -201,26 +200,6 @@ class UnlearningTrainer(Trainer):
     def new_regularizer(self, model: nn.Module, **options) -> SSIUURegularizer:
         """The penalty on the wrapped model; for regularisers of one's own."""
         return SSIUURegularizer(model, **options)
-
-    def end(self) -> None:
-        """The weights that the run ends with."""
-        if self._best is not None and not self.progress().reached:
-            self._best.restore()
-        self.model.eval()
-
-    def progress(self) -> Progress:
-        """What the run did so far: scores, the weights it ends with, why it stopped, the penalty's share, notes."""
-        regularizer = self.regularizer
-        return read_progress(
-            self.state.log_history,
-            steps=self.state.global_step,
-            epochs=self.state.global_step / self.steps.per_epoch,
-            threshold=self.threshold,
-            divergence=self.flow.divergence,
-            regularized=regularizer is not None,
-            weight=None if regularizer is None else regularizer.weight,
-            parameters=() if regularizer is None else regularizer.regularized_parameters,
-        )
 
     # a step
 
@@ -290,9 +269,7 @@ class UnlearningTrainer(Trainer):
         return on_cpu and self.ranks.agree(not bool(log_probs.isfinite().all()), log_probs.device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        if hasattr(norm, "full_tensor"):
-            norm = norm.full_tensor()
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         self._judge_step(model, norm.item() if torch.is_tensor(norm) else norm)
         return norm
 
@@ -330,106 +307,6 @@ class UnlearningTrainer(Trainer):
         if self.args.include_num_input_tokens_seen != "no" and inputs.last:
             self.state.num_input_tokens_seen += inputs.tokens_of_step
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.update(self._step_log.drain(self.ranks))
-        super().log(logs, start_time)
-
-    # scores
-
-    def evaluate(
-        self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """eval_forget_score, and eval_test_score where there are test texts; nothing where nothing can be scored.
-
-        During training a score at or under the threshold ends the run, and so does a model whose output isn't numbers.
-        """
-        if eval_dataset is not None:
-            raise ValueError("evaluate scores the forget and test rows of the trainer: leave eval_dataset out")
-        if not self._scores_forget:
-            return {}
-        began = time.perf_counter()
-        try:
-            metrics = {f"{metric_key_prefix}_forget_score": self._score_forget()}
-            if self.test is not None and self.test.examples is not None:
-                metrics[f"{metric_key_prefix}_test_score"] = self._score(self.test)
-        except FloatingPointError as error:
-            if not self.is_in_train:
-                raise
-            self.flow.divergence = str(error)
-            self.control.should_training_stop = True
-            self.control.should_save = False
-            return {}
-        if self.is_in_train and self._best is not None:
-            self._best.offer(
-                metrics[f"{metric_key_prefix}_forget_score"], self.state.global_step, self.state.epoch or 0
-            )
-        self.log(metrics)
-        if metric_key_prefix == "eval":
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._step_log.leave_out(time.perf_counter() - began)
-        return metrics
-
-    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler: bool = False) -> dict[str, float]:
-        # only the evaluation before the first step leaves the scheduler out
-        if skip_scheduler and self._resumed is not None:
-            return {}
-        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
-
-    @property
-    def _scores_forget(self) -> bool:
-        return self._forget_score is not None or self.forget.examples is not None
-
-    def _score_forget(self) -> float:
-        if self._forget_score is None:
-            return self._score(self.forget)
-        # what one rank found is what all go by
-        found = self.ranks.gather(float(self._forget_score(self.model)))[0]
-        reshard(self.model)
-        if not math.isfinite(found):
-            raise FloatingPointError(f"forget_score gave {found}")
-        return found
-
-    def _score(self, rows: Rows) -> float:
-        size, longest = self.args.per_device_eval_batch_size, self.args.max_new_tokens
-        return score(self.model, self.encoder, rows.examples, size, longest).mean
-
-    # checkpoints
-
-    def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        run, name = Path(super()._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        with checkpoints.staged(run, name, self.ranks, self.args.should_save) as staging:
-            self._staging = staging
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if not self.args.save_only_model:
-                self._save_own(staging / name)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(run / name))
-        if self.args.should_save:
-            checkpoints.rotate(run, self.args.save_total_limit)
-
-    def _save_own(self, folder: Path) -> None:
-        state = dict(self.objective.state_dict())
-        if self.steps.reference_log_probs is not None:
-            state[REFERENCE_LOG_PROBS] = self.steps.reference_log_probs
-        checkpoints.write_notes(folder, self._settings(), self._best, state)
-        if self.regularizer is not None:
-            save_regularizer(self.regularizer, folder / checkpoints.REGULARIZER)
-
-    def _settings(self) -> dict:
-        return run_settings(self.args, self.steps, self.threshold, self._refusals)
-
-    def _get_output_dir(self, trial) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # not before it has its own name
-        if self._staging is None:
-            super()._push_from_checkpoint(checkpoint_folder)
-
     # before the first step
 
     def _refusal_rows(self):
@@ -454,32 +331,3 @@ class UnlearningTrainer(Trainer):
                 self.args.reference_cache,
                 batch_size=self.args.per_device_train_batch_size,
             )
-
-
-class _Ends(TrainerCallback):
-    """The two ends of a run, when the Trainer has wrapped the model, and before it returns."""
-
-    def __init__(self, trainer: UnlearningTrainer):
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self._trainer.begin()
-        self._trainer.flow.resume(state, control)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._trainer.end()
-
-
-@contextmanager
-def _quiet_about_no_steps() -> Iterator[None]:
-    """A run that is over before its first step is no mistake of the data, which the Trainer takes it for."""
-
-    def keeps(record: logging.LogRecord) -> bool:
-        return "not to be a single sample" not in str(record.msg)
-
-    logger = logging.getLogger("transformers.trainer")
-    logger.addFilter(keeps)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keeps)

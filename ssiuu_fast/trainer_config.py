@@ -20,6 +20,7 @@ from ssiuu_fast.targets import TARGETS
 GRANULARITIES = ("parameter", "neuron")
 STATE_DTYPE_NAMES = tuple(state_dtype_name(dtype) for dtype in STATE_DTYPES)
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 @dataclass
@@ -33,7 +34,8 @@ class UnlearningConfig(TrainingArguments):
         objective_options: options of the objective by name, such as {"beta": 0.1}.
         regularize: add the Ssiuu penalty.
         weight: λ of the penalty, literally. Carries over from no other model.
-        relative_weight: penalty relative to the gradient at the start; 30 if neither this nor weight is given.
+        relative_weight: penalty relative to the gradient at the start; 30 if neither this nor weight is given. Neurons
+            under FSDP2 need weight in its place.
         target: probability, log_probability or mean_token_probability, of which attributions are taken.
         granularity: parameter or neuron.
         reference: previous step or initial weights, which attributions are compared with.
@@ -43,7 +45,9 @@ class UnlearningConfig(TrainingArguments):
         offload: keep the references in host memory.
         regularized_parameters: glob patterns over parameter names. Left open: the linear modules inside the blocks.
         threshold: stop when the forget score is at or under this. Left open: the score of a model that doesn't know the
-            forget rows (evaluation.scores.default_threshold); no early stop where the rows have no texts.
+            forget rows (evaluation.scores.default_threshold). No early stop where the rows have no texts, nor where the
+            trainer is given a forget_score, of whose numbers nothing is known: every epoch is then run, and the model
+            ends with the weights of the last step.
         style: how questions are put: chat, plain, or auto for whichever the tokenizer has.
         max_length: longest row in tokens; longer ones are cut.
         max_new_tokens: longest answer that scoring generates.
@@ -85,6 +89,8 @@ class UnlearningConfig(TrainingArguments):
     def __post_init__(self):
         # before TrainingArguments imports its engine
         refuse_deepspeed(self.deepspeed)
+        # before it asks for a metric on behalf of them
+        _refuse_schedule(self.lr_scheduler_type)
         super().__post_init__()
         self.objective_options = self.objective_options or {}
         self._refuse_options()
@@ -222,6 +228,12 @@ class UnlearningConfig(TrainingArguments):
             self._refuse_with_neurons()
 
     def _refuse_with_neurons(self) -> None:
+        if self.sharded and self.weight is None:
+            raise ValueError(
+                "granularity='neuron' under FSDP2 without weight: relative_weight would have to measure what the "
+                "penalty comes to at sharded parameters, which can't be had on its own. Give weight, as a run on one "
+                "GPU or under DDP found it (progress().weight)"
+            )
         if self.state_dtype not in (None, "float32"):
             raise ValueError(
                 f"state_dtype={self.state_dtype!r} is of no use with granularity='neuron', whose references are one "
@@ -260,6 +272,15 @@ class UnlearningConfig(TrainingArguments):
         if self.n_gpu > 1:
             # DataParallel's replicas hide the parameters from autograd: one GPU, or one process each
             self._n_gpu = 1
+
+
+def _refuse_schedule(name: str) -> None:
+    name = getattr(name, "value", name)
+    if name in _BY_METRIC:
+        raise ValueError(
+            f"lr_scheduler_type={name!r} changes the learning rate by a metric of the evaluations, and so by how often "
+            "the forget score is taken: use 'constant', or a schedule over steps such as 'linear' or 'cosine'"
+        )
 
 
 def refuse_deepspeed(config=None) -> None:

@@ -27,7 +27,7 @@ from ssiuu_fast.objectives import OBJECTIVES
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.report.text import table
 from ssiuu_fast.runs import MODEL_FOLDER, RunFolder
-from ssiuu_fast.sampling import number_of_micro_batches, steps_per_epoch
+from ssiuu_fast.sampling import number_of_micro_batches, refuse_empty_micro_batches, steps_per_epoch
 from ssiuu_fast.trainer import UnlearningTrainer
 from ssiuu_fast.trainer_config import UnlearningConfig, refuse_deepspeed
 from ssiuu_fast.unlearn_options import UnlearnOptions
@@ -89,6 +89,12 @@ class _Asked:
     refusals: list[str] | None
     threshold: float
 
+    @property
+    def sets(self) -> dict[str, list[Example]]:
+        """The rows that steps are drawn from."""
+        needs_retain = OBJECTIVES[self.method.objective].needs_retain
+        return {"forget": self.forget} | ({"retain": self.retain} if needs_retain else {})
+
 
 def _asked(options: UnlearnOptions) -> _Asked:
     forget = load_examples(options.forget)
@@ -130,8 +136,7 @@ def _trainer(
     return UnlearningTrainer(
         model,
         config,
-        forget=asked.forget,
-        retain=asked.retain if OBJECTIVES[asked.method.objective].needs_retain else None,
+        **asked.sets,
         refusals=asked.refusals,
         processing_class=encoder.tokenizer,
         callbacks=[record],
@@ -152,6 +157,7 @@ def _config(asked: _Asked, options: UnlearnOptions, ranks: Ranks, folder: str) -
             "micro_batch_size: with granularity=neuron and reference=previous an attribution is a sum over the "
             "whole batch. Leave micro_batch_size out, or use reference=initial"
         )
+    refuse_empty_micro_batches(options.batch_size, options.micro_batch_size, asked.sets, ranks.size)
     penalty = (
         "weight", "relative_weight", "target", "granularity", "reference", "one_sided", "every", "state_dtype",
     )  # fmt: skip
@@ -278,7 +284,7 @@ def _finish(results: dict, asked: _Asked, options: UnlearnOptions, run: RunFolde
     print(f"{done['steps']} steps, {done['epochs']} epochs, stopped by {done['stopped_by']}")
     if asked.method.penalised:
         share = done["penalty_share"]
-        known = "" if share is None else f"; the penalty was {share:.1%} of the gradient on average"
+        known = "" if share is None else f"; over the penalised steps it was {share:.1%} of the gradient on average"
         print(f"λ {_number(done['weight'])}{known}")
     for note in done["notes"]:
         print(f"note: {note}")

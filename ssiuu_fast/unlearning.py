@@ -9,7 +9,7 @@ from ssiuu_fast.data.collate import Encoder
 from ssiuu_fast.data.example import Example
 from ssiuu_fast.loop.callbacks import HandOver, show
 from ssiuu_fast.loop.progress import Progress
-from ssiuu_fast.sampling import number_of_micro_batches
+from ssiuu_fast.sampling import number_of_micro_batches, refuse_empty_micro_batches
 from ssiuu_fast.trainer import UnlearningTrainer
 from ssiuu_fast.trainer_config import UnlearningConfig
 
@@ -46,6 +46,8 @@ def unlearn(
             f"the model is on {device}, and a Trainer takes the first GPU it sees: set CUDA_VISIBLE_DEVICES="
             f"{device.index} and leave the number out"
         )
+    sets = {"forget": forget} | ({"retain": retain} if retain is not None else {})
+    refuse_empty_micro_batches(batch_size, micro_batch_size, sets)
     micro_batches = number_of_micro_batches(batch_size, micro_batch_size)
     with tempfile.TemporaryDirectory() as folder:
         args = UnlearningConfig(

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -50,7 +51,7 @@ class Broken(log_probs.GradientAscent):
         raise RuntimeError("the model has no layer 7")
 
 
-def one_after_another(work, ready, context, *, description, done=None, device=None):
+def one_after_another(work, ready, context, *, description, done=None, device=None, died=None):
     """What `run_jobs` does, in this process; what would go to another one must survive the way."""
     done = dict(done or {})
     while left := [job for job in ready(done) if job not in done]:
@@ -124,6 +125,26 @@ def test_methods_that_fail_are_lines_beside_the_others(here, taught_folder, tmp_
     assert again[:4] == lines[:4]
     assert again[4]["outcome"] == "never reached"
     assert not run.file("runs/broken-1e-07-0.error.txt").exists()
+
+
+def test_a_run_whose_process_was_killed_is_a_line_beside_the_others(here, taught_folder, tmp_path, monkeypatch):
+    said = []
+
+    def with_a_death(work, ready, context, *, died, **options):
+        def work_or_die(job, *told):
+            return died(job, "its process was killed", said.append) if job.label == "lazy" else work(job, *told)
+
+        return one_after_another(work_or_die, ready, context, **options)
+
+    monkeypatch.setattr(compare, "run_jobs", with_a_death)
+    run = new_run(tmp_path / "run")
+    lines = run_sweep(quick(methods=("lazy", "gd")), small_task(), RECIPE, taught_folder, run)
+    assert [line["outcome"].partition(",")[0] for line in lines] == ["", "error", "reached 1/1"]
+    assert lines[1]["explanation"] == "at learning rate 0.002: its process was killed"
+    assert said == ["lazy-0.002-0: its process was killed"]
+    assert run.file("runs/lazy-0.002-0.error.txt").read_text() == "its process was killed\n"
+    # none of its results is taken for one when the sweep goes on
+    assert not run.file("runs/lazy-0.002-0.json").exists()
 
 
 def test_a_penalised_method_has_two_lines(here, taught_folder, tmp_path, monkeypatch):
@@ -272,6 +293,36 @@ def test_what_cannot_be_compared_is_said_first(options, message):
     assert message in str(raised.value)
 
 
+def test_more_micro_batches_than_rows_are_refused_before_a_run(files, taught_folder):
+    asked = own(files, taught_folder, batch_size=128, micro_batch_size=2)
+    # 64 micro-batches of 30 rows to forget; of retain rows only where a method has use for them
+    with pytest.raises(ValueError, match="micro_batch_size=2 cuts a batch of 128.*needs a forget row.*there are 30"):
+        compare_setting.setting(asked)
+    few = small_task().split.retain[:3]
+    path = Path(files["retain"])
+    path.write_text("".join(json.dumps({"question": e.prompt, "answer": e.answer}) + "\n" for e in few))
+    with pytest.raises(ValueError, match="cuts a batch of 16 into 4 .*needs a retain row, of which there are 3"):
+        compare_setting.setting(own(files, taught_folder, micro_batch_size=4))
+    alone = replace(own(files, taught_folder, micro_batch_size=4), methods=["ga"])
+    assert compare_setting.setting(alone).recipe.micro_batch_size == 4
+
+
 def test_rows_that_do_not_fit_are_refused_before_a_run(files, taught_folder):
     with pytest.raises(ValueError, match="max_length"):
         compare_setting.setting(own(files, taught_folder, max_length=5))
+
+
+def test_every_reaches_the_penalty_and_nothing_else(monkeypatch):
+    from ssiuu_fast import experiment
+
+    given = []
+    monkeypatch.setattr(experiment, "unlearn", lambda *args, penalty, **how: given.append(penalty) or Nothing())
+    recipe = compare_setting.setting(CompareOptions(methods="gd,ssiuu", every=4)).recipe
+    for method in ("gd", "ssiuu"):
+        experiment.unlearn_task(None, None, method, 0, small_task(), replace(recipe, unlearning_rate=1e-3))
+    assert given == [None, {"relative_weight": 30.0, "every": 4}]
+
+
+class Nothing:
+    def as_dict(self):
+        return {}

@@ -115,6 +115,7 @@ def test_the_table_says_who_recovers_more():
     text = report(rows_of([0.5, 0.6, 0.7], [0.1, 0.2, 0.3]), runs())
     assert "GD reached the threshold in 3 of 3 runs (epochs: 7, 7, 7)" in text
     assert "| GD     | 0.60 ± 0.10 |" in text
+    assert "mean over the penalised steps" in text
     assert "harmful 0.1: Ssiuu recovers 0.40 less than GD" in text
     assert "retention (RS): Ssiuu -0.40 against GD" in text
     assert "benign: Ssiuu recovers 0.40 MORE than GD" in report(rows_of([0.1, 0.2, 0.3], [0.5, 0.6, 0.7]), runs())

@@ -75,6 +75,22 @@ def test_seeds_that_did_not_reach_are_left_out_of_the_mean_and_named():
     )
 
 
+def test_a_seed_whose_attack_failed_is_in_no_column():
+    results = {}
+    for seed, retained in enumerate((0.8, 0.5, 0.6)):
+        results["unlearn", "gd", 1e-5, seed] = run(0.3, 9 + seed, "threshold", FS=0.1 * seed, RS=retained)
+        results["attack", "gd", 1e-5, seed] = attacks(0.4, 0.5, 0.3) if seed else {"error": "OutOfMemoryError: 3 GB"}
+    lines = lines_of(Sweep(("gd",), 3, RATES), results)
+    assert lines[1]["outcome"] == "error, reached 3/3, attacked 2/3"
+    assert lines[1]["explanation"] == "seed 0: attack: OutOfMemoryError: 3 GB"
+    scores = lines[1]["scores"]
+    assert {len(values) for values in scores.values()} == {2}
+    assert (scores["RS"], scores["epochs"]) == ([0.5, 0.6], [10, 11])
+    assert table_of(lines)["gd"][:2] == ["0.15 ± 0.07", "0.55 ± 0.07"]
+    # what it did is kept all the same
+    assert [seed["RS"] for seed in lines[1]["seeds"]] == [0.8, 0.5, 0.6]
+
+
 @pytest.mark.parametrize(
     ("results", "outcome", "said"),
     [
@@ -100,7 +116,7 @@ def test_seeds_that_did_not_reach_are_left_out_of_the_mean_and_named():
                 ("attack", "gd", 1e-5, 0): {"error": "ValueError: none would be left"},
                 ("unlearn", "gd", 1e-5, 1): {"error": "OutOfMemoryError: 3 GB"},
             },
-            "error, reached 1/2",
+            "error, reached 1/2, attacked 0/1",
             "seed 0: attack: ValueError: none would be left; seed 1: OutOfMemoryError: 3 GB",
         ),
     ],

@@ -1,8 +1,15 @@
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 
-from ssiuu_fast.sampling import epoch_batches, rank_batches, steps_per_epoch, wrapping_batch
+from ssiuu_fast.sampling import (
+    epoch_batches,
+    rank_batches,
+    refuse_empty_micro_batches,
+    steps_per_epoch,
+    wrapping_batch,
+)
 
 
 def test_every_batch_has_one_size_and_every_pass_each_row_once():
@@ -48,6 +55,25 @@ def test_epochs():
     assert Counter(i for b in batches for i in b) == Counter(range(10))
     assert batches != epoch_batches(10, 4, seed=0, epoch=2)
     assert steps_per_epoch(10, 4) == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "size", "rows", "processes", "refused"),
+    [
+        (16, 2, 8, 1, False),
+        (16, 2, 7, 1, True),
+        (16, 2, 8, 2, False),
+        (16, 2, 7, 2, True),
+        # equal parts of at most 5 are 4 of 4
+        (16, 5, 4, 1, False),
+        (16, 5, 3, 1, True),
+        # nothing that micro_batch_size could do
+        (16, None, 1, 2, False),
+    ],
+)
+def test_each_micro_batch_needs_a_row(batch, size, rows, processes, refused):
+    with pytest.raises(ValueError, match="micro_batch_size") if refused else nullcontext():
+        refuse_empty_micro_batches(batch, size, {"forget": range(100), "retain": range(rows)}, processes)
 
 
 @pytest.mark.parametrize(("rows", "size"), [(0, 4), (4, 0)])

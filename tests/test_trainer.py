@@ -142,7 +142,9 @@ def test_what_is_logged(tmp_path):
     assert [row.get("objective_norm") == row["grad_norm"] for row in steps] == [True] * 5 + [False] * 7
     assert all(row["penalty_norm"] / row["grad_norm"] == pytest.approx(row["penalty_share"]) for row in steps)
     progress = run.progress()
-    assert progress.penalty_share == pytest.approx(sum(row["penalty_share"] for row in steps) / 12)
+    # of the steps that had one
+    assert progress.penalty_share == pytest.approx(sum(row["penalty_share"] for row in steps) / 7)
+    assert progress.penalty_shares == [row["penalty_share"] for row in steps[5:]]
     assert progress.weight == run.regularizer.weight == steps[-1]["penalty_weight"]
     json.dumps(progress.as_dict())
 
@@ -153,6 +155,19 @@ def test_the_weight_is_logged_as_it_is_and_not_as_a_mean(tmp_path):
     first, second = (row["penalty_weight"] for row in run.state.log_history if "loss" in row)
     # five steps without λ and one with it
     assert first == second == run.regularizer.weight > 0
+
+
+def test_the_share_of_the_penalty_is_a_mean_over_the_steps_that_had_one(tmp_path):
+    options = {"relative_weight": 3.0, "num_train_epochs": 4, "every": 2}
+    single, several = trainer(tmp_path / "a", **options), trainer(tmp_path / "b", logging_steps=12, **options)
+    single.train(), several.train()
+    # every second step is left out; of the others the first stores and four calibrate
+    shares = [row["penalty_share"] for row in history(single) if "loss" in row]
+    assert [share > 0 for share in shares] == [False] * 10 + [True, False]
+    (row,) = [row for row in history(several) if "loss" in row]
+    assert row["penalty_share"] == pytest.approx(shares[10])
+    for run in (single, several):
+        assert run.progress().penalty_share == pytest.approx(shares[10])
 
 
 def test_logs_of_several_steps_are_means(tmp_path):

@@ -40,6 +40,14 @@ REFUSED_OPTIONS = {
         {"granularity": "neuron", "torch_compile": True},
         "torch_compile with granularity='neuron': taps are forward hooks",
     ),
+    "neurons sharded": (
+        {"granularity": "neuron", "fsdp": True, "fsdp_config": {"version": 2}},
+        "granularity='neuron' under FSDP2 without weight.*Give weight",
+    ),
+    "neurons sharded, relative weight": (
+        {"granularity": "neuron", "relative_weight": 3.0, "fsdp": True, "fsdp_config": {"version": 2}},
+        "granularity='neuron' under FSDP2 without weight",
+    ),
     "DeepSpeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "DeepSpeed is not supported: its engine owns"),
     "FSDP1": ({"fsdp": True, "fsdp_config": {"version": 1}}, "flat parameters can't be regularised.*use FSDP2"),
     "FSDP2 with gradient sync off": (
@@ -54,6 +62,14 @@ REFUSED_OPTIONS = {
         {"load_best_model_at_end": True, "metric_for_best_model": "loss", "save_strategy": "epoch"},
         "ends with the weights of its lowest forget score anyway",
     ),
+    "learning rate by a metric": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        "lr_scheduler_type='reduce_lr_on_plateau' changes the learning rate by a metric.*use 'constant'",
+    ),
+    "learning rate by a metric, without one": (
+        {"lr_scheduler_type": "greedy", "threshold": None, "eval_strategy": "no"},
+        "lr_scheduler_type='greedy' changes the learning rate by a metric",
+    ),
     "threshold that nothing is compared with": ({"eval_strategy": "no"}, "threshold=0.0 with eval_strategy='no'"),
     "batch size by trial": ({"auto_find_batch_size": True}, "attributions are sums over them"),
     "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
@@ -66,6 +82,15 @@ REFUSED_OPTIONS = {
 def test_options(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **options)
+
+
+def test_neurons_under_fsdp2_by_the_launcher(tmp_path, monkeypatch):
+    monkeypatch.setitem(os.environ, "ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="granularity='neuron' under FSDP2 without weight"):
+        config(tmp_path, granularity="neuron")
+    assert config(tmp_path, granularity="neuron", weight=0.5).sharded
+    assert config(tmp_path, granularity="neuron", regularize=False).sharded
+    assert config(tmp_path, relative_weight=3.0).sharded
 
 
 def test_deepspeed_by_the_launcher(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from tiny import tiny_llama
 from transformers import TrainerCallback
 from unlearners import dropped_out, equal, history, rows, trainer, weights
 
+from ssiuu_fast.adapters import add_lora
 from ssiuu_fast.loop import checkpoints
 from ssiuu_fast.ranks import Ranks
 
@@ -143,6 +144,39 @@ def test_other_rows_are_refused(tmp_path):
         trainer(
             tmp_path, forget=rows(9), relative_weight=3.0, per_device_train_batch_size=2, gradient_accumulation_steps=2
         ).train(resume_from_checkpoint=True)
+
+
+def test_adapters_go_on_with_the_base_they_began_with_alone(tmp_path):
+    pytest.importorskip("peft")
+
+    def adapted(dtype=torch.float32, base=0):
+        model = tiny_llama(dtype, seed=base)
+        # fresh adapters are the same in every process
+        torch.manual_seed(0)
+        return trainer(
+            tmp_path, model=add_lora(model, rank=2), weight=1.0, save_strategy="steps", save_steps=2, max_steps=4
+        )
+
+    whole = adapted()
+    whole.train()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    for other in (adapted(base=1), adapted(torch.bfloat16)):
+        before = weights(other.model)
+        with pytest.raises(ValueError, match="on other frozen weights.*resume on the base model that it began with"):
+            other.train(resume_from_checkpoint=True)
+        assert equal(weights(other.model), before)
+    resumed = adapted()
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4 and equal(weights(resumed.model), weights(whole.model))
+
+
+def test_a_trainer_may_train_again_after_its_objective_froze_weights(tmp_path):
+    run = run_of(tmp_path, 3, objective="rmu", objective_options={"layer": 1})
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.remove_callback(Interrupt)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 12
 
 
 def test_the_layout_of_a_step_may_change(tmp_path):

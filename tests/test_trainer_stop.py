@@ -3,8 +3,10 @@
 import pytest
 import torch
 from taught import RECIPE, load_taught, small_task
+from transformers import TrainerCallback
 from unlearners import config, equal, history, probability, rows, trainer, weights
 
+from ssiuu_fast import SSIUURegularizer
 from ssiuu_fast.data.collate import Encoded
 from ssiuu_fast.evaluation.scores import score
 from ssiuu_fast.trainer import UnlearningTrainer
@@ -57,6 +59,17 @@ def test_the_default_threshold_is_that_of_the_rows(taught, tmp_path):
     assert on_people(taught, tmp_path, threshold=None).threshold == pytest.approx(0.33)
 
 
+def test_a_score_of_ones_own_without_a_threshold_is_no_early_stop_and_that_is_said(tmp_path):
+    run = trainer(tmp_path, threshold=None, regularize=False)
+    seen = scored(run, [0.9, 0.1, 0.0, 0.5])
+    run.train()
+    progress = run.progress()
+    assert (run.threshold, progress.stopped_by, progress.steps, progress.score) == (None, "max_epochs", 9, 0.5)
+    assert equal(weights(run.model), seen[3])
+    said = "the run had no early stop, and keeps its last weights: give threshold to stop at a forget score"
+    assert progress.notes == [said]
+
+
 def test_gradient_difference_keeps_more_than_ascent(taught_folder, tmp_path):
     kept = {}
     for objective in ("ga", "gd"):
@@ -100,6 +113,45 @@ def test_a_run_that_only_gets_worse_keeps_the_starting_weights(tmp_path):
     assert equal(weights(run.model), seen[0])
 
 
+class StopsAt(TrainerCallback):
+    """Ends a run after a step; while it goes on, a run is stopped by nothing."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    "threshold, kept, said",
+    [
+        (0.1, 1, "kept is epoch 1 with the lowest forget score, 0.700"),
+        (None, 1.3333, "the weights are those of the last step"),
+    ],
+)
+def test_a_callback_that_ends_the_run_is_said(tmp_path, threshold, kept, said):
+    # three steps an epoch
+    run = trainer(tmp_path, threshold=threshold, num_train_epochs=4, weight=1.0, callbacks=[StopsAt(4)])
+    scored(run, [0.9, 0.7, 0.8, 0.8])
+    run.train()
+    progress = run.progress()
+    assert (progress.stopped_by, progress.reached, progress.steps) == ("callback", False, 4)
+    assert f"a callback stopped the run after 1.3333 epochs (step 4); {said}" in progress.notes
+    assert progress.kept_epoch == kept and not any("not reached in" in note for note in progress.notes)
+
+
+def test_a_callback_at_the_last_step_or_at_the_threshold_is_not_what_ends_a_run(tmp_path):
+    run = trainer(tmp_path / "a", threshold=0.1, num_train_epochs=2, weight=1.0, callbacks=[StopsAt(6)])
+    scored(run, [0.9, 0.7, 0.8])
+    run.train()
+    assert run.progress().stopped_by == "max_epochs"
+    run = trainer(tmp_path / "b", threshold=0.75, num_train_epochs=2, weight=1.0, callbacks=[StopsAt(3)])
+    scored(run, [0.9, 0.7])
+    run.train()
+    assert run.progress().stopped_by == "threshold"
+
+
 @pytest.mark.parametrize("regularize", [False, True])
 def test_a_run_that_diverges_takes_no_broken_step(tmp_path, regularize):
     """The gradient breaks in step 5; steps of an infinite one would leave no number in the model."""
@@ -137,8 +189,6 @@ def test_log_probs_that_are_no_numbers(tmp_path):
 
 def test_attributions_that_are_no_numbers(tmp_path, monkeypatch):
     run = trainer(tmp_path, weight=1.0)
-    from ssiuu_fast import SSIUURegularizer
-
     backward, calls = SSIUURegularizer.backward, []
 
     def failing(self, *args, **kwargs):
@@ -168,7 +218,31 @@ def test_steps_left_out_have_no_share(tmp_path):
     run = trainer(tmp_path, weight=1e3, every=2, num_train_epochs=2)
     run.train()
     # the first step stores, then every second one is left out
-    assert [share > 0 for share in run.progress().penalty_shares] == [False, False, True, False, True, False]
+    shares = [row["penalty_share"] for row in history(run) if "loss" in row]
+    assert [share > 0 for share in shares] == [False, False, True, False, True, False]
+    assert run.progress().penalty_shares == shares[::2]
+
+
+def test_a_penalty_that_switches_itself_off_counts_as_none(tmp_path, monkeypatch):
+    """As where every probability underflows: λ is fixed, the step is penalised, and nothing comes of it."""
+    run = trainer(tmp_path, weight=1e3, num_train_epochs=2)
+    monkeypatch.setattr(run, "new_regularizer", vanishing)
+    run.train()
+    shares = run.progress().penalty_shares
+    assert [share > 0 for share in shares] == [False, True, True, False, False, False]
+    assert run.progress().penalty_share == pytest.approx(sum(shares) / 6)
+
+
+def vanishing(model, **options):
+    regularizer = SSIUURegularizer(model, **options)
+    share, calls = regularizer.penalty_share, []
+
+    def penalty_share(norm):
+        calls.append(norm)
+        return share(norm) if len(calls) <= 3 else 0.0
+
+    regularizer.penalty_share = penalty_share
+    return regularizer
 
 
 @pytest.mark.parametrize("reference", ["previous", "initial"])
@@ -180,7 +254,7 @@ def test_neurons(tmp_path, reference, recwarn):
     # in the first step nothing has changed yet, then four calibrate
     assert [row["penalty_weight"] > 0 for row in steps] == [False] * 5 + [True] * 4
     # then the penalty's part isn't known, and nothing is said of it
-    assert run.progress().penalty_shares == [0.0] * 5 + [None] * 4
+    assert run.progress().penalty_shares == [None] * 4
     assert run.progress().as_dict()["penalty_share"] is None
     assert not any("too little to matter" in note for note in run.progress().notes)
 

@@ -143,6 +143,11 @@ REFUSED = {
         ["--granularity", "neuron", "--micro_batch_size", "4"],
         "micro_batch_size: with granularity=neuron and reference=previous",
     ),
+    "more micro-batches than rows": (
+        ["--batch_size", "64", "--micro_batch_size", "1"],
+        "micro_batch_size=1 cuts a batch of 64 into 64 micro-batches, and each needs a forget row, of which there are "
+        "30: raise micro_batch_size or leave it out, or lower batch_size",
+    ),
     "a second GPU": (["--device", "cuda:1"], "set CUDA_VISIBLE_DEVICES=1 and say cuda"),
 }
 
@@ -156,11 +161,23 @@ def test_what_is_refused_before_the_model_is_loaded(rows, tmp_path, capsys, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_what_the_trainer_refuses_leaves_no_folder(taught_folder, rows, tmp_path, capsys):
+def test_fewer_retain_rows_than_micro_batches(rows, tmp_path, capsys):
     (tmp_path / "few.jsonl").write_text('{"question": "q", "answer": "a"}\n{"question": "r", "answer": "b"}\n')
     flags = ["--retain", tmp_path / "few.jsonl", "--micro_batch_size", 2]
-    assert unlearn(taught_folder, rows, tmp_path / "run", *flags) == 1
-    assert "2 retain rows for 8 micro-batches" in capsys.readouterr().err
+    assert unlearn(tmp_path / "model", rows, tmp_path / "run", *flags) == 1
+    said = (
+        "micro_batch_size=2 cuts a batch of 16 into 8 micro-batches, and each needs a retain row, of which there are 2"
+    )
+    assert said in capsys.readouterr().err
+
+
+def test_what_the_trainer_refuses_leaves_no_folder(taught_folder, rows, tmp_path, capsys, monkeypatch):
+    def refuses(*_, **__):
+        raise ValueError("these rows can't be unlearned")
+
+    monkeypatch.setattr(unlearn_command, "UnlearningTrainer", refuses)
+    assert unlearn(taught_folder, rows, tmp_path / "run") == 1
+    assert "these rows can't be unlearned" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

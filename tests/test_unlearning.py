@@ -57,6 +57,11 @@ def test_micro_batches_change_nothing(taught_folder, size):
         torch.testing.assert_close(tensor, ends[1][name], rtol=0, atol=1e-9)
 
 
+def test_more_micro_batches_than_rows_are_refused_by_the_name_of_the_option(taught):
+    with pytest.raises(ValueError, match="micro_batch_size=1 cuts a batch of 64 into 64 micro-batches.*there are 30"):
+        run(taught, batch_size=64, micro_batch_size=1)
+
+
 def test_a_second_gpu_is_refused():
     class Elsewhere(torch.nn.Module):
         def parameters(self, recurse=True):

@@ -1,6 +1,8 @@
 """Jobs that wait for each other, in a process of their own."""
 
 import os
+import signal
+import time
 
 import pytest
 import torch
@@ -14,6 +16,17 @@ def square(job, offset, say):
         raise ValueError("thirteen is not to be had")
     say(f"squaring {job} with {torch.get_num_threads()} thread")
     return job * job + offset, os.getpid()
+
+
+def killed_by_13(job, say):
+    say(f"began {job}")
+    if job == 13:
+        # what the system does to the largest process where memory runs out
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job == 1:
+        # under way when the other is killed
+        time.sleep(3)
+    return os.getpid()
 
 
 @pytest.fixture
@@ -35,6 +48,28 @@ def test_a_job_starts_when_those_before_it_are_done_and_an_error_ends_all(one_pr
     assert "squaring 3 with 1 thread" in "".join(capfd.readouterr())
     with pytest.raises(ValueError, match="thirteen is not to be had"):
         run_jobs(square, lambda done: [13, 14], (0,), description="squares")
+
+
+def test_a_process_that_is_killed_costs_its_own_job_alone(monkeypatch, capfd):
+    monkeypatch.setattr(workers, "_seats", lambda device: [None, None])
+    jobs, told = [1, 13, 14, 15], []
+
+    def died(job, how, say):
+        told.append((job, how))
+        say(f"lost {job}")
+        return "lost"
+
+    done = run_jobs(killed_by_13, lambda done: jobs, (), description="jobs", died=died)
+    assert told == [(13, workers.PROCESS_DIED)] and done.pop(13) == "lost"
+    # two processes at first, and one in place of the one that died
+    assert done.keys() == {1, 14, 15} and len(set(done.values())) == 2
+    said = "".join(capfd.readouterr())
+    assert said.count("began 1\n") == 1 and "lost 13" in said
+
+
+def test_a_process_that_is_killed_ends_jobs_that_need_all(one_process):
+    with pytest.raises(RuntimeError, match="13: its process was killed, as the system does where memory runs out"):
+        run_jobs(killed_by_13, lambda done: [13, 14], (), description="jobs")
 
 
 def test_nothing_is_started_for_nothing(monkeypatch):

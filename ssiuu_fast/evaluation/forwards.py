@@ -15,8 +15,10 @@ from torch import nn
 from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.data.collate import IGNORE, Encoder, collate, length_sorted_indices
 from ssiuu_fast.data.example import Example
+from ssiuu_fast.engines import bare
 from ssiuu_fast.ops.sequence_log_probs import sequence_log_probs
 from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.shards import sharded_modules
 
 # of (its own rows, the rows that any rank works on at the same time): a value for each of its own
 Work = Callable[[list[int], list[int]], Sequence]
@@ -26,7 +28,7 @@ Work = Callable[[list[int], list[int]], Sequence]
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every module is in the mode it was in, and sharded as it was."""
     training = [module for module in model.modules() if module.training]
-    sharded = shards(model)
+    sharded = sharded_modules(model)
     model.eval()
     try:
         # not inference_mode: what is kept from a forward pass, as FSDP2 keeps its buffers, is used in training again
@@ -46,16 +48,16 @@ def forward_module(model: nn.Module) -> nn.Module:
     An evaluation has no gradients to reduce, its shapes change too often to compile, and adapters inside the layers
     work without their wrapper. What FSDP2 shards is called from its root.
     """
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model._orig_mod
-    if hasattr(model, "get_base_model") and not shards(model) and not model.active_peft_config.is_prompt_learning:
+    model = bare(model)
+    adapted = hasattr(model, "get_base_model") and not model.active_peft_config.is_prompt_learning
+    if adapted and not sharded_modules(model):
         return model.get_base_model()
     return model
 
 
 def in_lockstep(model: nn.Module) -> bool:
     """Whether a forward pass needs all ranks at once, because each has only a shard of the weights."""
-    return bool(shards(model)) and Ranks().size > 1
+    return bool(sharded_modules(model)) and Ranks().size > 1
 
 
 def over_ranks(model: nn.Module, lengths: Sequence[int], batch_size: int, work: Work, bar) -> list:
@@ -150,12 +152,3 @@ def progress_bar(progress: bool, total: int, what: str):
 
     hidden = not progress or total == 0 or Ranks().rank != 0
     return tqdm(total=total, desc=what, unit="row", disable=hidden, leave=False)
-
-
-def shards(model: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP2 shards."""
-    if not torch.distributed.is_available():
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]

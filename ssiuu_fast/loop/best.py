@@ -8,12 +8,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ssiuu_fast.ranks import Ranks, local_part
-
-try:
-    from torch.distributed.tensor import DTensor, distribute_tensor
-except ImportError:
-    DTensor = ()
+from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.shards import from_local_part, is_sharded, local_part, sharded_as, whole
 
 
 class BestWeights:
@@ -56,7 +52,7 @@ class BestWeights:
         for name, tensor in self._live.items():
             if self._keeps(tensor):
                 local_part(tensor).copy_(self._kept[name])
-            if self._ranks.size > 1 and not isinstance(tensor, DTensor):
+            if self._ranks.size > 1 and not is_sharded(tensor):
                 dist.broadcast(tensor.data, src=0, group=self._ranks.group)
 
     def meta(self) -> dict:
@@ -65,22 +61,16 @@ class BestWeights:
     @torch.no_grad()
     def save(self, path: Path) -> None:
         """Whole tensors, written by the first rank; every rank calls it."""
-        whole = {}
+        values = {}
         for name, tensor in self._live.items():
-            if isinstance(tensor, DTensor):
-                gathered = DTensor.from_local(
-                    self._kept[name].to(tensor.device),
-                    tensor.device_mesh,
-                    tensor.placements,
-                    shape=tensor.shape,
-                    stride=tensor.stride(),
-                ).full_tensor()
+            if is_sharded(tensor):
+                gathered = whole(from_local_part(tensor, self._kept[name].to(tensor.device)))
                 if self._ranks.rank == 0:
-                    whole[name] = gathered.cpu()
+                    values[name] = gathered.cpu()
             elif self._keeps(tensor):
-                whole[name] = self._kept[name].contiguous()
+                values[name] = self._kept[name].contiguous()
         if self._ranks.rank == 0:
-            save_file(whole, path)
+            save_file(values, path)
 
     @torch.no_grad()
     def load(self, path: Path | None, meta: dict) -> None:
@@ -93,11 +83,10 @@ class BestWeights:
             for name, tensor in self._live.items():
                 if not self._keeps(tensor):
                     continue
-                whole = saved.get_tensor(name)
-                if isinstance(tensor, DTensor):
-                    whole = whole.to(tensor.device)
-                    whole = distribute_tensor(whole, tensor.device_mesh, tensor.placements).to_local()
-                self._kept[name].copy_(whole)
+                values = saved.get_tensor(name)
+                if is_sharded(tensor):
+                    values = local_part(sharded_as(tensor, values))
+                self._kept[name].copy_(values)
 
     def _keeps(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, DTensor) or self._ranks.rank == 0
+        return is_sharded(tensor) or self._ranks.rank == 0

@@ -1,6 +1,8 @@
-"""What a run shows and hands over while it goes on."""
+"""What a run shows and hands over while it goes on, and what is done at its two ends."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -23,6 +25,35 @@ class HandOver(TrainerCallback):
 
     def on_log(self, args, state, control, **kwargs):
         self._log(state.log_history[-1])
+
+
+class Ends(TrainerCallback):
+    """The two ends of a run, when the Trainer has wrapped the model, and before it returns."""
+
+    def __init__(self, trainer: Trainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._trainer.begin()
+        self._trainer.flow.resume(state, control)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._trainer.end()
+
+
+@contextmanager
+def quiet_about_no_steps() -> Iterator[None]:
+    """A run that is over before its first step is no mistake of the data, which the Trainer takes it for."""
+
+    def keeps(record: logging.LogRecord) -> bool:
+        return "not to be a single sample" not in str(record.msg)
+
+    logger = logging.getLogger("transformers.trainer")
+    logger.addFilter(keeps)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keeps)
 
 
 class _Bar(ProgressCallback):

@@ -23,7 +23,9 @@ NOTES = "unlearning.json"
 TENSORS = "unlearning.safetensors"
 BEST = "best.safetensors"
 REGULARIZER = "regularizer"
-VERSION = 1
+VERSION = 2
+# the setting that says which weights beside the trained ones a run is on
+FROZEN_WEIGHTS = "frozen_weights"
 
 
 @contextmanager
@@ -129,6 +131,12 @@ def read_notes(folder: Path, settings: dict) -> tuple[dict | None, dict[str, Ten
         raise ValueError(f"{folder} has version {notes['version']}: this package reads {VERSION}")
     for name, ours in settings.items():
         saved = notes["settings"].get(name)
+        if saved != ours and name == FROZEN_WEIGHTS:
+            raise ValueError(
+                f"{folder} is of a run on other frozen weights, which a checkpoint doesn't change: resume on the base "
+                "model that it began with, in the same dtype and with the same parameters frozen, or start anew in "
+                "another output_dir"
+            )
         if saved != ours:
             raise ValueError(
                 f"{folder} is of a run with {name}={saved!r}, this one has {name}={ours!r}: resume with the same "

@@ -1,6 +1,5 @@
 """What an unlearning run did, read from the log that every checkpoint carries."""
 
-import itertools
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from ssiuu_fast.share import too_small
 
 FORGET_SCORE = "eval_forget_score"
 PENALTY_SHARE = "penalty_share"
+PENALTY_WEIGHT = "penalty_weight"
 
 
 @dataclass
@@ -19,8 +19,8 @@ class Progress:
 
     scores: forget score of every evaluation, the one before the first step included. kept_epoch: the epoch of the
     weights that the model ends with; the last one, or where the threshold wasn't reached, the one with the lowest
-    score. threshold None: the run had no early stop. penalty_shares: one a logged step; None where it isn't known,
-    which is so at neuron granularity once λ is fixed.
+    score. threshold None: the run had no early stop. penalty_shares: one a logged row with penalised steps, those of
+    a fixed λ that `every` doesn't leave out; None where it isn't known, which is so at neuron granularity.
     """
 
     threshold: float | None
@@ -29,7 +29,7 @@ class Progress:
     steps: int = 0
     kept_epoch: float = 0
     score: float | None = None
-    stopped_by: str = "max_epochs"  # "threshold" | "max_epochs" | "divergence" | "already_met"
+    stopped_by: str = "max_epochs"  # "threshold" | "max_epochs" | "divergence" | "already_met" | "callback"
     penalty_shares: list[float | None] = field(default_factory=list)
     weight: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -40,13 +40,13 @@ class Progress:
 
     @property
     def penalty_share(self) -> float | None:
-        """Mean over the steps of ‖λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping; 0 without a penalty.
+        """Mean over the penalised steps of ‖every · λ ∂R/∂φ‖ ÷ norm of the whole gradient before clipping.
 
-        None if it isn't known in every step.
+        0 without a penalised step, None if it isn't known in each of them.
         """
         if None in self.penalty_shares:
             return None
-        return sum(self.penalty_shares) / len(self.penalty_shares) if self.penalty_shares else 0.0
+        return statistics.mean(self.penalty_shares) if self.penalty_shares else 0.0
 
     def as_dict(self) -> dict:
         """Everything as JSON-ready values."""
@@ -60,6 +60,7 @@ def read_progress(
     epochs: float,
     threshold: float | None,
     divergence: str | None = None,
+    stopped_early: bool = False,
     regularized: bool = False,
     weight: float | None = None,
     parameters: Iterable[nn.Parameter] = (),
@@ -67,6 +68,7 @@ def read_progress(
     """The progress of a run from TrainerState.log_history.
 
     steps, epochs: optimizer steps taken, and passes over the forget rows. divergence: why the run diverged.
+    stopped_early: whether it is over before its last step; where no other reason is known, a callback ended it.
     regularized, weight, parameters: whether there was a penalty, its λ if it is fixed, and what it is on.
     """
     evaluations = [row for row in history if FORGET_SCORE in row]
@@ -76,7 +78,10 @@ def read_progress(
     )
     if regularized and steps:
         # a run that logs no step tells nothing of them
-        progress.penalty_shares = [row.get(PENALTY_SHARE) for row in logged] or [None]
+        penalised = [row for row in logged if row.get(PENALTY_WEIGHT)] if logged else [{}]
+        progress.penalty_shares = [row.get(PENALTY_SHARE) for row in penalised]
+    if stopped_early:
+        progress.stopped_by = "callback"
     if evaluations:
         _judge(progress, evaluations)
     if divergence is not None:
@@ -108,11 +113,15 @@ def _notes(progress: Progress, regularized: bool, parameters: Iterable[nn.Parame
     kept = "the weights are those of the last step"
     if progress.score is not None and progress.threshold is not None:
         kept = f"kept is epoch {progress.kept_epoch:g} with the lowest forget score, {progress.score:.3f}"
+    if progress.scores and progress.threshold is None:
+        notes.append("the run had no early stop, and keeps its last weights: give threshold to stop at a forget score")
     if progress.stopped_by == "max_epochs" and progress.scores and progress.threshold is not None:
         notes.append(
             f"the threshold {progress.threshold:.3f} was not reached in {progress.epochs:g} epochs; {kept}. Raise the "
             "learning rate or the number of epochs"
         )
+    if progress.stopped_by == "callback":
+        notes.append(f"a callback stopped the run after {progress.epochs:g} epochs (step {progress.steps}); {kept}")
     if progress.stopped_by == "divergence":
         notes.append(f"the run diverged; {kept}. Lower the learning rate or the penalty's weight")
     if not regularized:
@@ -121,11 +130,8 @@ def _notes(progress: Progress, regularized: bool, parameters: Iterable[nn.Parame
         notes.append(
             "no penalty was ever applied: the run ended before λ was calibrated (4 steps with a penalty above 0)"
         )
-    elif progress.penalty_share is not None:
-        # nothing is added while λ is being calibrated
-        added = list(itertools.dropwhile(lambda share: share == 0, progress.penalty_shares))
-        if reason := too_small(statistics.mean(added) if added else 0.0, parameters):
-            notes.append(reason)
+    elif progress.penalty_share is not None and (reason := too_small(progress.penalty_share, parameters)):
+        notes.append(reason)
     return notes
 
 

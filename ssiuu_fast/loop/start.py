@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import IntervalStrategy
 
 from ssiuu_fast.evaluation.scores import default_threshold
+from ssiuu_fast.loop.checkpoints import FROZEN_WEIGHTS
 from ssiuu_fast.loop.rows import Rows, refuse_common_rows
 from ssiuu_fast.loop.steps import Steps
 from ssiuu_fast.objectives.log_probs import answer_log_probs
@@ -84,8 +85,13 @@ def threshold_of(args: UnlearningConfig, forget: Rows, forget_score: Callable | 
     return default_threshold(forget.examples)
 
 
-def run_settings(args: UnlearningConfig, steps: Steps, threshold: float | None, refusals: Sequence[str] | None) -> dict:
-    """What a resumed run must share with the one it goes on with, as JSON gives it back."""
+def run_settings(
+    args: UnlearningConfig, steps: Steps, threshold: float | None, refusals: Sequence[str] | None, frozen_weights: str
+) -> dict:
+    """What a resumed run must share with the one it goes on with, as JSON gives it back.
+
+    frozen_weights: their `frozen_fingerprint`.
+    """
     penalty = {
         name: str(value) if isinstance(value, torch.dtype) else value
         for name, value in args.regularizer_options().items()
@@ -100,6 +106,7 @@ def run_settings(args: UnlearningConfig, steps: Steps, threshold: float | None, 
         "retain_rows": None if steps.retain is None else steps.retain.digest,
         "refusals": None if refusals is None else list(refusals),
         "threshold": threshold,
+        FROZEN_WEIGHTS: frozen_weights,
         # a scheduler or an optimizer takes its settings from the checkpoint, whatever the new run was given
         "optimization": {name: _plain(getattr(args, name)) for name in OPTIMIZATION},
     }

@@ -7,19 +7,22 @@ import time
 import torch
 from torch import Tensor
 
-from ssiuu_fast.loop.progress import PENALTY_SHARE
+from ssiuu_fast.loop.progress import PENALTY_SHARE, PENALTY_WEIGHT
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
 
-PENALTY_WEIGHT = "penalty_weight"
-
 
 class StepLog:
-    """Means over the steps since the last log; of λ the last, since it is 0 while it is being calibrated."""
+    """Means over the steps since the last log; of λ the last, since it is 0 while it is being calibrated.
+
+    The penalty's share is a mean over the penalised steps alone: those with λ fixed that `every` doesn't leave out.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
         self._figures: dict[str, list[float]] = {}
+        # of the penalised steps; None where it isn't known
+        self._penalty_shares: list[float | None] = []
         # sums over micro-batches of this rank's share
         self._shares: dict[str, Tensor] = {}
         self._tokens = 0
@@ -35,6 +38,8 @@ class StepLog:
         """A step that is complete; figures that aren't known are left out."""
         self._steps += 1
         self._tokens += tokens
+        if figures.get(PENALTY_WEIGHT):
+            self._penalty_shares.append(figures[PENALTY_SHARE])
         for name, value in figures.items():
             if value is not None:
                 self._figures.setdefault(name, []).append(value)
@@ -49,10 +54,14 @@ class StepLog:
         sums = ranks.sum_(torch.stack(list(self._shares.values()))).tolist() if self._shares else []
         row = {name: value / steps for name, value in zip(self._shares, sums, strict=True)}
         for name, values in self._figures.items():
+            row[name] = values[-1] if name == PENALTY_WEIGHT else sum(values) / len(values)
+        if None in self._penalty_shares:
             # known in some steps only: no mean to speak of
-            if name != PENALTY_SHARE or len(values) == self._steps:
-                row[name] = values[-1] if name == PENALTY_WEIGHT else sum(values) / len(values)
+            row.pop(PENALTY_SHARE, None)
+        elif self._penalty_shares:
+            row[PENALTY_SHARE] = sum(self._penalty_shares) / len(self._penalty_shares)
         row |= {"tokens_per_second": self._tokens / (now - self._since), "peak_memory_gb": peak_memory(self._device)}
+        self._penalty_shares = []
         self._figures, self._shares, self._tokens, self._steps, self._since = {}, {}, 0, 0, now
         return row
 

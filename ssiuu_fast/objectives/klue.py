@@ -10,18 +10,12 @@ from torch import Tensor, nn
 
 from ssiuu_fast.attribution import attribute
 from ssiuu_fast.data.collate import IGNORE, Encoded, asked_with, length_sorted_batches
+from ssiuu_fast.engines import bare
 from ssiuu_fast.objectives.log_probs import GradientDifference
-from ssiuu_fast.objectives.modules import (
-    FFN_KINDS,
-    TrainedAlone,
-    bare,
-    chosen_sites,
-    local,
-    refuse_patterns,
-    sharded_along,
-)
+from ssiuu_fast.objectives.modules import FFN_KINDS, TrainedAlone, chosen_sites, refuse_patterns
 from ssiuu_fast.objectives.objective import ForgetBatch, State, Totals, require
 from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.shards import local_part, sharded_along
 from ssiuu_fast.sites import Place, Site
 
 _ROWS = "rows."
@@ -98,7 +92,7 @@ class LocalisedDifference(GradientDifference):
             for name, parameter, dimension in _by_neuron(module):
                 if parameter.grad is not None:
                     staying = self._staying(path, name, parameter, dimension)
-                    local(parameter.grad).masked_fill_(staying, 0)
+                    local_part(parameter.grad).masked_fill_(staying, 0)
 
     def release(self, model: nn.Module) -> None:
         if self._trained is not None:

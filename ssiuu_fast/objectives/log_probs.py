@@ -6,12 +6,17 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
+from ssiuu_fast.objectives.answer_head import answer_head, log_probs_in_head
 from ssiuu_fast.objectives.objective import ForgetBatch, Objective, Totals, require
 from ssiuu_fast.ops.sequence_log_probs import answer_token_counts, sequence_log_probs
 
 
 def answer_log_probs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """[B] log-probabilities of a batch's answers, with their graph."""
+    """[B] log-probabilities of a batch's answers, with their graph; without forming whole logits where `answer_head`
+    finds that it is the same."""
+    head = answer_head(model, inputs)
+    if head is not None:
+        return log_probs_in_head(model, head, inputs)
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
     return sequence_log_probs(logits, inputs["labels"])
 

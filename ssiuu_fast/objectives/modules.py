@@ -2,60 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ssiuu_fast.sites import Place, Site, find_sites
 
 FFN_KINDS = ("gate", "up", "down")
 ANY = ("layers.*",)
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The user's own module under DistributedDataParallel and torch.compile."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; asked without the second that importing torch.distributed.tensor takes."""
-    return hasattr(tensor, "device_mesh")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; any other tensor is its own."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a sharded tensor, on every rank, each of which must ask; any other tensor is its own."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def sharded_as(parameter: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor of a parameter's shape, equal on all ranks, sharded and placed as the parameter is."""
-    tensor = tensor.to(parameter.device)
-    if not is_sharded(parameter) or is_sharded(tensor):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-
-
-def sharded_along(parameter: Tensor, dimension: int, vector: Tensor) -> Tensor:
-    """This rank's part of a vector with an element for each index of a parameter's dimension, equal on all ranks."""
-    vector = vector.to(parameter.device)
-    if not is_sharded(parameter):
-        return vector
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-
-    places = [Shard(0) if placement.is_shard(dimension) else Replicate() for placement in parameter.placements]
-    return local(distribute_tensor(vector, parameter.device_mesh, places))
 
 
 def chosen_sites(
@@ -118,11 +70,3 @@ class TrainedAlone:
     def release(self, model: nn.Module) -> None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._before[name])
-
-
-def reshard(model: nn.Module) -> None:
-    """Makes FSDP2 put the shards back, and gather anew, where whole weights outlast a forward pass: those of the root,
-    and with reshard_after_forward=False of others. Does nothing to other models."""
-    for module in bare(model).modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()

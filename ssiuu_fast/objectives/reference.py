@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.data.collate import Encoded, collate
-from ssiuu_fast.evaluation.forwards import device_of, evaluating, over_ranks, progress_bar, shards
+from ssiuu_fast.engines import bare
+from ssiuu_fast.evaluation.forwards import device_of, evaluating, over_ranks, progress_bar
 from ssiuu_fast.objectives.log_probs import answer_log_probs
-from ssiuu_fast.objectives.modules import bare, whole
 from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.shards import sharded_modules, whole
 
 logger = logging.getLogger(__name__)
 _FORMAT = "ssiuu_fast.reference_log_probs 1"
@@ -121,7 +122,7 @@ def _dtype(model: nn.Module) -> str:
     kind = parameter.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
     # torch has no public way to ask a module for its policy
-    policies = [module._get_fsdp_state()._mp_policy for module in shards(model)]
+    policies = [module._get_fsdp_state()._mp_policy for module in sharded_modules(model)]
     mixed = {(policy.param_dtype, policy.output_dtype, policy.cast_forward_inputs) for policy in policies}
     return " ".join([str(dtype), *sorted(str(precision) for precision in mixed if precision[:2] != (None, None))])
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.data.collate import Encoded
+from ssiuu_fast.objectives.answer_head import answer_head
 from ssiuu_fast.objectives.log_probs import answer_log_probs
 from ssiuu_fast.objectives.modules import TrainedAlone, block_paths, chosen_sites, refuse_patterns
 from ssiuu_fast.objectives.objective import ForgetBatch, Objective, State, Totals, require
@@ -68,6 +69,8 @@ class RepresentationMisdirection(Objective):
 
     def forget_loss(self, model: nn.Module, batch: ForgetBatch, totals: Totals) -> tuple[Tensor, Tensor]:
         self._refuse_unprepared()
+        # may run the model, which the block must not see
+        answer_head(model, batch.inputs)
         with output_of(model, self._block) as block:
             log_probs = answer_log_probs(model, batch.inputs)
         target = self.coefficient * self._direction.to(block.hidden)

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from ssiuu_fast.engines import bare
 from ssiuu_fast.evaluation.forwards import evaluating
-from ssiuu_fast.objectives.modules import bare, local, reshard, sharded_as, whole
+from ssiuu_fast.shards import local_part, reshard, sharded_as, whole
 
 
 class StartingWeights:
@@ -43,9 +44,9 @@ class StartingWeights:
     def _placed(self, name: str, parameter: nn.Parameter) -> Tensor:
         """This rank's part, where the parameter is now."""
         self._weights[name] = sharded_as(parameter, self._weights[name])
-        return local(self._weights[name])
+        return local_part(self._weights[name])
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
     # .data: a graph that is alive elsewhere must not take the exchange for a change of its weights
-    return local(parameter.detach()).data
+    return local_part(parameter.detach()).data

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ssiuu_fast import engines
-from ssiuu_fast.objectives.modules import bare
 
 
 class TappedBlock:
@@ -30,7 +29,7 @@ class TappedBlock:
 
     def run(self, inputs: dict[str, Tensor]) -> None:
         """A forward pass for the block's sake: logits of one position at most, where the model can leave them out."""
-        takes = inspect.signature(type(bare(self._model)).forward).parameters
+        takes = inspect.signature(type(engines.bare(self._model)).forward).parameters
         fewer = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, **fewer)
 
@@ -52,7 +51,7 @@ def output_of(model: nn.Module, path: str) -> Iterator[TappedBlock]:
     """
     engines.refuse_compiled(model)
     block = TappedBlock(model, path)
-    handle = bare(model).get_submodule(path).register_forward_hook(block.see)
+    handle = engines.bare(model).get_submodule(path).register_forward_hook(block.see)
     try:
         yield block
     finally:

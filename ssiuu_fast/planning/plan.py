@@ -89,8 +89,9 @@ class Plan:
         lines.append(["  kept by one forward pass", *(_gigabytes(need.kept) for need in self.needs.values())])
         lines.append(["  gradients", *(_gigabytes(need.gradients or None) for need in self.needs.values())])
         if any(need.sums for need in self.needs.values()):
+            name = "Σg and g" if self.needs[RUNS[2]].two_passes else "Σg"
             lines.append(
-                ["  Σg and g of micro-batches", *(_gigabytes(need.sums or None) for need in self.needs.values())]
+                [f"  {name} of micro-batches", *(_gigabytes(need.sums or None) for need in self.needs.values())]
             )
         if self.options.gpus == 1:
             lines.append(["peak", *(_gigabytes(need.peak) for need in self.needs.values())])
@@ -120,9 +121,12 @@ class Plan:
             notes.append("gradient checkpointing: call model.gradient_checkpointing_enable() in a loop of your own")
         if self.options.granularity == "neuron" and self.workload.split:
             notes.append("neurons with micro-batches are compared sample by sample: reference=initial")
+        if penalised.two_passes:
+            notes.append(f"the penalty takes a backward pass of its own: {penalised.two_passes}")
         if self.options.gpus > 1:
             notes.append(
-                f"{self.options.gpus} GPUs are an estimate by formulas, not measured. 'fits' is of the sharded form"
+                f"{self.options.gpus} GPUs are an estimate by formulas, not measured. 'fits' and the time are of the "
+                "sharded form"
             )
         return "\n".join(notes)
 
@@ -204,6 +208,7 @@ def _need(name: str, options: PlanOptions, skeleton: Skeleton, workload: Workloa
         state_dtype=options.state_dtype,
         rows=options.rows,
         on_cpu=options.device == "cpu",
+        sharded=options.gpus > 1,
     )
 
 

@@ -1,13 +1,15 @@
 """A model without its weights: what can be counted on it, and run with it, takes no memory."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssiuu_fast.models import checkpoint_blocks
+from ssiuu_fast.objectives.answer_head import head_replaced, plain_head
 from ssiuu_fast.selection import select_modules, select_parameters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -15,7 +17,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Counts:
-    """What is in a model. Elements, not bytes; `copied` counts tied parameters as often as a state dict names them."""
+    """What is in a model. Elements, not bytes; `copied` are those that BestWeights keeps (loop/best.py)."""
 
     parameters: int
     regularized: tuple[int, ...]  # elements of each regularised parameter
@@ -53,6 +55,27 @@ class Skeleton:
         self.vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         self.counts = _counted(self.model)
+
+    @cached_property
+    def head(self) -> nn.Linear | None:
+        """The head in which log-probs are formed without logits; None where a run may need those.
+
+        A run compares values (`answer_head`). Here there are none, and the head's output must be what the model puts
+        out, untouched. Raises RuntimeError for a model that can't be run so.
+        """
+        head, _ = plain_head(self.model)
+        if head is None:
+            return None
+        given: list[Tensor] = []
+
+        def seen(hidden: Tensor) -> Tensor:
+            given.append(nn.Linear.forward(head, hidden))
+            return given[-1]
+
+        with self.fake, torch.no_grad(), head_replaced(head, seen):
+            tokens = torch.zeros((1, 2), dtype=torch.int64)
+            logits = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+        return head if len(given) == 1 and logits is given[0] and logits._version == 0 else None
 
     def checkpoint(self, on: bool) -> None:
         """Gradient checkpointing, non-reentrant; raises ValueError for a model that has none."""
@@ -112,6 +135,7 @@ def _counted(model: nn.Module) -> Counts:
     sizes = [parameter.numel() for parameter in model.parameters()]
     regularized = select_parameters(model, None)
     modules = select_modules(model, None)
+    saved = model.state_dict()
     blocks: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
@@ -124,7 +148,7 @@ def _counted(model: nn.Module) -> Counts:
         regularized=tuple(parameter.numel() for parameter in regularized.values()),
         largest=max(sizes),
         block=max(blocks.values()),
-        copied=sum(tensor.numel() for tensor in model.state_dict().values()),
+        copied=sum(sizes) + sum(buffer.numel() for name, buffer in model.named_buffers() if name in saved),
         modules=len(modules),
         neurons=sum(_width(module) for module in modules.values()),
     )

@@ -9,10 +9,14 @@ from ssiuu_fast.report.text import mean_sd, table
 from ssiuu_fast.sweep import Sweep
 
 MISSING = "–"
+PENALTY_SHARE_NOTE = (
+    "penalty share: norm of the penalty's gradient ÷ that of the whole, mean over the penalised steps (none while λ is "
+    "calibrated)."
+)
 
 
 def method_table(lines: Sequence[dict], columns: Sequence[str], chance: float) -> str:
-    """The lines of `sweep_lines` as Markdown, mean ± sd over the seeds that reached the threshold; chance last.
+    """The lines of `sweep_lines` as Markdown, mean ± sd over the seeds of their scores; chance last.
 
     chance stands under the scores of forget and test rows; what utility rows give by chance is not known.
     """
@@ -36,10 +40,12 @@ def notes_on_sweep(sweep: Sweep, task: Task, recipe: UnlearningRecipe, lines: Se
     """What the columns are, what was the same for all methods, and what became of those that failed."""
     notes = [
         f"mean ± sd over those of {sweep.seeds} seeds that reached the threshold, a forget score of at most "
-        f"{task.threshold:.4g}; before: the model as it was taught, one seed.",
+        f"{task.threshold:.4g}; a seed whose attack failed is left out of every column, and the outcome says so "
+        "(attacked k/n); before: the model as it was taught, one seed.",
         "FS: score on the forget set (lower is better). RS: on rows held out from unlearning (higher is better).",
         "harmful p: highest score on the rest of the forget set while retraining on a fraction p of it;",
         "benign: on the forget set while retraining on unrelated instructions (lower is better).",
+        PENALTY_SHARE_NOTE,
     ]
     if task.utility is not None:
         notes.append("US: on rows that have nothing to do with the forget set (higher is better).")
@@ -56,6 +62,7 @@ def notes_on_sweep(sweep: Sweep, task: Task, recipe: UnlearningRecipe, lines: Se
         notes.append(
             f"- method@backbone: at the rate found for the backbone, up to {sweep.penalised_max_epochs} epochs; the "
             f"penalty's relative weight is {recipe.relative_weight:g}"
+            + (f", every={recipe.every}" if recipe.every > 1 else "")
         )
     notes.append(
         f"- collapsed: keeps less than {KEPT:.0%} of what RS was above chance before unlearning; a line without scores "

@@ -7,6 +7,7 @@ from tiny import log_probs_of, part, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer
+from ssiuu_fast.loop.fingerprint import frozen_fingerprint
 from ssiuu_fast.neuron_ranks import ShardedModels
 
 
@@ -168,6 +169,18 @@ def test_mixed_precision_of_fsdp2(two_ranks):
         # bf16 has 8 bits, and these steps leave each other
         assert theirs["penalty"] == pytest.approx(ours["penalty"], rel=0.5)
         assert theirs["nonfinite"] == 0
+
+
+def fingerprints(rank):
+    model = make_model(Case())
+    model.lm_head.requires_grad_(False)
+    model.model.embed_tokens.requires_grad_(False)
+    return frozen_fingerprint(model), frozen_fingerprint(shard(model))
+
+
+def test_the_fingerprint_of_frozen_weights_is_that_of_the_whole(two_ranks):
+    (whole, sharded), second = two_ranks(fingerprints)
+    assert whole == sharded and second == (whole, sharded)
 
 
 def refusals(rank):

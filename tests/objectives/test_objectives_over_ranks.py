@@ -10,8 +10,8 @@ from tiny import batch, exactly, part, tiny_gpt2, tiny_llama
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from ssiuu_fast.engines import bare
 from ssiuu_fast.objectives import make_objective
-from ssiuu_fast.objectives.modules import bare
 from ssiuu_fast.objectives.objective import ForgetBatch
 from ssiuu_fast.objectives.reference import model_fingerprint, reference_log_probs
 

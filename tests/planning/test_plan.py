@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from safetensors.torch import load_file
 from tiny import tiny_gpt2, tiny_llama
 
 from ssiuu_fast.cli import main
+from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.planning.account import reference_bytes, unlearning_need
 from ssiuu_fast.planning.devices import PUBLISHED, measured_cpu
@@ -13,6 +15,7 @@ from ssiuu_fast.planning.dry_run import Workload
 from ssiuu_fast.planning.plan import RUNS, Plan
 from ssiuu_fast.planning.plan_options import PlanOptions
 from ssiuu_fast.planning.skeleton import Skeleton
+from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.regularizer import SSIUURegularizer
 
 SMALL = ["--hidden_size", "64", "--layers", "2", "--heads", "4", "--vocab_size", "512"]
@@ -67,7 +70,7 @@ def test_published_totals(name):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 @pytest.mark.parametrize("tied", [True, False])
-def test_counts_are_those_of_the_model(make, tied):
+def test_counts_are_those_of_the_model(make, tied, tmp_path):
     model = make()
     config = model.config
     config.tie_word_embeddings = tied
@@ -76,7 +79,10 @@ def test_counts_are_those_of_the_model(make, tied):
     assert counts.parameters == sum(parameter.numel() for parameter in model.parameters())
     regularizer = SSIUURegularizer(model)
     assert sorted(counts.regularized) == sorted(p.numel() for p in regularizer.regularized_parameters)
-    assert counts.copied == sum(tensor.numel() for tensor in model.state_dict().values())
+    best = BestWeights(model, Ranks.alone())
+    best.offer(0.0, step=1, epoch=1.0)
+    best.save(tmp_path / "best.safetensors")
+    assert counts.copied == sum(tensor.numel() for tensor in load_file(tmp_path / "best.safetensors").values())
 
 
 def test_bytes_of_references():
@@ -108,11 +114,45 @@ def test_the_states_of_a_step():
     plain = unlearning_need(skeleton, Workload(2, 2, 8), grain=None)
     assert plain.states == {"weights": weights, "AdamW states": 2 * weights}
     assert plain.gradients == weights
-    # AdamW: 28 bytes an element; penalty_ in fp32 20, and 28 with .grad beside g
-    assert plain.moved == 7 * weights
+    # docs/performance.md, "Elementwise passes": AdamW and two gradients, 48 bytes an element
+    assert plain.moved == 12 * weights
+
+
+@pytest.mark.parametrize(
+    ("options", "bytes_an_element"),
+    [
+        ({}, 28),
+        ({"state_dtype": "bfloat16"}, 24),
+        ({"sharded": True}, 36),
+        ({"sharded": True, "state_dtype": "bfloat16"}, 32),
+    ],
+)
+def test_bytes_that_the_penalty_moves(options, bytes_an_element):
+    """docs/performance.md has the table."""
+    skeleton = Skeleton(tiny_llama().config)
     n = sum(skeleton.counts.regularized)
-    assert unlearning_need(skeleton, Workload(2, 2, 8), grain="parameter").moved == 7 * weights + 20 * n
-    assert unlearning_need(skeleton, Workload(2, 1, 8), grain="parameter").moved == 7 * weights + 24 * n
+    plain, penalised = (
+        unlearning_need(skeleton, Workload(2, 2, 8), grain=grain, **given)
+        for grain, given in ((None, {}), ("parameter", options))
+    )
+    assert penalised.moved - plain.moved == bytes_an_element * n
+
+
+def test_micro_batches_move_their_sums():
+    skeleton = Skeleton(tiny_llama().config)
+    n = sum(skeleton.counts.regularized)
+
+    def beside_plain(micro_batches: int, sharded: bool) -> int:
+        workload = Workload(12, 12 // micro_batches, 8)
+        plain, penalised = (
+            unlearning_need(skeleton, workload, grain=grain, sharded=sharded) for grain in (None, "parameter")
+        )
+        return penalised.moved - plain.moved
+
+    # Σg is read and written by each product after the first
+    assert [beside_plain(k, False) for k in (2, 3)] == [(28 + 8) * n, (28 + 16) * n]
+    # g is written, both are read, Σg is written; the last pass reads and writes what the first loss left
+    assert [beside_plain(k, True) for k in (2, 3)] == [(28 + 16) * n, (28 + 32) * n]
 
 
 def test_only_the_config_of_a_folder_is_read(tmp_path, capsys):
@@ -142,6 +182,16 @@ def test_several_gpus_are_said_to_be_an_estimate(capsys):
     printed = capsys.readouterr().out
     assert "an estimate by formulas, not measured" in printed
     assert "peak of a GPU, sharded" in printed
+    assert "the penalty takes a backward pass of its own: the weights are sharded" in printed
+
+
+def test_sums_of_micro_batches_are_named(capsys):
+    assert main(["plan", *SMALL, "--micro_batch_size", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "  Σg of micro-batches" in printed
+    assert "pass of its own" not in printed
+    assert main(["plan", *SMALL, "--micro_batch_size", "1", "--gpus", "2"]) == 0
+    assert "  Σg and g of micro-batches" in capsys.readouterr().out
 
 
 def test_neurons_with_micro_batches_and_checkpoints(capsys):
