@@ -25,6 +25,7 @@ from typing import NamedTuple
 import gpu_limits
 import gpu_neurons
 import gpu_penalty
+import gpu_weight_gradient
 import torch
 from case import Case, run
 from rows import DeviceRow, gpu_clocks, gpu_versions, hardware, write_rows
@@ -179,7 +180,7 @@ def main():
     rows = gpu_limits.measure(stopwatch, args.rounds, tiny=tiny)
     limits = gpu_limits.limits_of(rows)
     print_limits(rows)
-    for module in (gpu_neurons, gpu_penalty):
+    for module in (gpu_neurons, gpu_penalty, gpu_weight_gradient):
         for make in module.cases(device, backends, tiny=tiny):
             rows += measure(make, stopwatch, args, limits)
             if file:

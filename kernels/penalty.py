@@ -67,6 +67,26 @@ def blockwise8_codes(values, inverse):
     return tl.where(values < 0.0, negative, positive)
 
 
+@triton.jit
+def penalty_terms(gradient, parameter, reference, LIMIT: tl.constexpr, ONE_SIDED: tl.constexpr, FIRST: tl.constexpr):
+    """penalty_terms of elementwise.h: what is stored, d, g (0 where nothing is punished), whether A < 0, and finite."""
+    attribution = parameter * gradient
+    gap = attribution - reference
+    below = attribution < 0.0
+    decisive = tl.where(below, gap, attribution)
+    finite = (tl.abs(decisive) <= LIMIT) & (attribution >= -LIMIT)
+    negative = finite & below
+    punished = negative
+    if ONE_SIDED:
+        punished = negative & (gap < 0.0)
+    if FIRST:
+        difference = tl.zeros_like(attribution)
+    else:
+        difference = tl.where(punished, gap, 0.0)
+    stored = tl.where(finite, attribution, reference)
+    return stored, difference, tl.where(punished, gradient, 0.0), negative, finite
+
+
 # a number that differs from launch to launch is no reason to compile anew
 @triton.jit(do_not_specialize=["first_chunk"])
 def penalty_kernel(
@@ -126,7 +146,6 @@ def penalty_kernel(
         inside = at < size
         gradient = tl.load(gradients + at, inside, 0.0).to(tl.float32) * scale
         parameter = tl.load(parameters + at, inside, 0.0).to(tl.float32)
-        attribution = parameter * gradient
         if FIRST:
             reference = tl.zeros([BLOCK], tl.float32)
         elif BLOCKWISE:
@@ -134,19 +153,9 @@ def penalty_kernel(
             reference = tl.load(code_values + codes) * tl.load(scales + at // BLOCKWISE, inside, 0.0)
         else:
             reference = tl.load(references + at, inside, 0.0).to(tl.float32)
-        gap = attribution - reference
-        below = attribution < 0.0
-        decisive = tl.where(below, gap, attribution)
-        finite = (tl.abs(decisive) <= LIMIT) & (attribution >= -LIMIT)
-        negative = finite & below
-        punished = negative
-        if ONE_SIDED:
-            punished = negative & (gap < 0.0)
-        if FIRST:
-            difference = tl.zeros([BLOCK], tl.float32)
-        else:
-            difference = tl.where(punished, gap, 0.0)
-        gradient = tl.where(punished, gradient, 0.0)
+        stored, difference, gradient, negative, finite = penalty_terms(
+            gradient, parameter, reference, LIMIT, ONE_SIDED, FIRST
+        )
         value = difference * twice_weight * gradient
 
         # in fp64: d is of the size of a probability, and its square would vanish in fp32
@@ -156,7 +165,6 @@ def penalty_kernel(
         negatives += negative.to(tl.int64)
         nonfinites += (inside & (finite == 0)).to(tl.int64)
         if UPDATE:
-            stored = tl.where(finite, attribution, reference)
             if BLOCKWISE:
                 blocks = tl.reshape(stored, [BLOCK // BLOCKWISE, BLOCKWISE])
                 absmax = tl.max(tl.abs(blocks), 1)

@@ -39,11 +39,19 @@ class Agreement:
         """An error in here is told to the other ranks, who are in here too and raise it at their next exchange."""
         try:
             yield
-        except _ElsewhereError as elsewhere:
-            raise elsewhere.error from None
+        except (_ElsewhereError, _UntoldError) as held:
+            raise held.error from None
         except Exception as error:
             self._exchange([0] * self._numbers, error)
             raise
+
+    @contextmanager
+    def untold(self) -> Iterator[None]:
+        """Around what all ranks do together without an exchange: where one fails, none is to be waited for."""
+        try:
+            yield
+        except Exception as error:
+            raise _UntoldError(error) from error
 
     def _exchange(self, numbers: Sequence[int], error: Exception | None) -> list[int]:
         if self.ranks.size == 1:
@@ -63,9 +71,17 @@ def _kind(error: Exception) -> str:
     return next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS), RuntimeError.__name__)
 
 
-class _ElsewhereError(Exception):
-    """An error that another rank has told of, and that is not told again."""
+class _HeldError(Exception):
+    """An error on its way to whoever is in errors_together."""
 
     def __init__(self, error: Exception):
         super().__init__(str(error))
         self.error = error
+
+
+class _ElsewhereError(_HeldError):
+    """Of another rank, that has told of it; it is not told again."""
+
+
+class _UntoldError(_HeldError):
+    """That the others can't be told of."""

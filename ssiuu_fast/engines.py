@@ -180,14 +180,22 @@ def measuring() -> Iterator[None]:
     global _measuring_passes
     _measuring_passes += 1
     try:
+        with explained():
+            yield
+    finally:
+        _measuring_passes -= 1
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around a backward pass; what autograd complains of gets a remedy."""
+    try:
         yield
     except RuntimeError as error:
         remedy = _remedy(str(error))
         if remedy is None:
             raise
         raise RuntimeError(remedy) from error
-    finally:
-        _measuring_passes -= 1
 
 
 def is_measuring() -> bool:

@@ -1,37 +1,46 @@
 """The calls of linear modules in a graph: the input of each, and the gradient at its output when it is sent back."""
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from ssiuu_fast.kept_tensor import KeptTensor
+from ssiuu_fast.module_hooks import comes_first, go_with, watch
 from ssiuu_fast.selection import is_linear
 
-_KEY = "ssiuu_fast.linear_call"
+_KEY = "ssiuu_fast.linear_calls"
 
-See = Callable[["LinearCall", Tensor, Tensor], None]
+OnGradient = Callable[["LinearCall", Tensor], None]
 
 
 class LinearCalls:
     """Notes every call of some linear modules in its graph, for as long as this object lives.
 
-    Nothing of a call outlives its graph, and its input is let go of where autograd lets go of what the module
-    saved. The model's outputs and gradients don't change.
+    parameters: ids of those whose gradient is of interest. Nothing of a call outlives its graph. Its input is kept
+    where the weight is of interest, and goes when autograd lets go of what the module saved. The model's outputs and
+    gradients don't change.
     """
 
-    def __init__(self, modules: dict[str, nn.Module]):
-        handles = []
-        for name, module in modules.items():
-            handles += [module.register_forward_pre_hook(_cast), module.register_forward_hook(_Hook(self, name))]
-        weakref.finalize(self, _remove, handles)
+    def __init__(self, modules: dict[str, nn.Module], parameters: Collection[int]):
+        self._parameters = parameters
+        watch(self, modules, first=True)
+        go_with(self, [module.register_forward_pre_hook(_cast) for module in modules.values()])
 
-    def note(self, name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
-        call = LinearCall(self, name, module, inputs, output)
-        # the only way from a graph back to the call, so that it lives as long as its node
-        output.grad_fn.metadata[_KEY] = [*output.grad_fn.metadata.get(_KEY, ()), call]
-        output.register_hook(call)
+    def on_forward(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        if not inputs or not output.requires_grad or not comes_first(self, module):
+            return
+        # a weight that something puts in the module's place for a pass is another one
+        own = {kind: getattr(module, kind) for kind in ("weight", "bias")}
+        own = {kind: p for kind, p in own.items() if id(p) in self._parameters}
+        if own:
+            node = output.grad_fn
+            call = LinearCall(self, name, module, own, inputs[0], output)
+            # the only way from a graph to the call, so that it lives as long as its node
+            node.metadata[_KEY] = [*node.metadata.get(_KEY, ()), call]
+            # of a node, and not of the tensor: it comes after the hooks that others put on the output
+            node.register_prehook(call)
 
     def of_node(self, node) -> Iterator["LinearCall"]:
         """The calls whose output this node of a graph gave."""
@@ -39,44 +48,48 @@ class LinearCalls:
 
 
 class LinearCall:
-    """One call of a linear module in one graph. shape: of its input. see: set for the one backward pass that is to be
-    told of the gradient at the output, as see(call, input, gradient)."""
+    """One call of a linear module in one graph.
 
-    def __init__(self, owner: LinearCalls, name: str, module: nn.Module, inputs: Tensor, output: Tensor):
+    parameters: its weight and bias as far as they are of interest, by kind. shape, dtype, device: of the input, the
+    output. on_gradient: set for one backward pass, which calls it with this call and the gradient at the output.
+    """
+
+    def __init__(
+        self,
+        owner: LinearCalls,
+        name: str,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        inputs: Tensor,
+        output: Tensor,
+    ):
         self.owner = weakref.ref(owner)
         self.name = name
-        self.module = module
+        self.parameters = parameters
+        # GPT-2's Conv1D keeps its weight the other way round
+        self.transposed = not isinstance(module, nn.Linear)
         self.shape = inputs.shape
         self.dtype = output.dtype
-        self.see: See | None = None
-        self._input: KeptTensor | None = KeptTensor(inputs)
+        self.device = output.device
+        self.on_gradient: OnGradient | None = None
+        self._place = output.output_nr
+        self._input = KeptTensor(inputs) if "weight" in parameters else None
 
-    def __call__(self, gradient: Tensor) -> None:
-        # autograd's hook at the output
-        see, self.see = self.see, None
-        if see is not None:
-            see(self, self._input.get(), gradient)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+    def input(self) -> Tensor:
+        """Once in a backward pass, while on_gradient is called."""
+        return self._input.get()
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        # autograd's hook before the node whose output it is
+        on_gradient, self.on_gradient = self.on_gradient, None
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        if on_gradient is not None and gradients[self._place] is not None:
+            on_gradient(self, gradients[self._place])
+        elif kept and self._input is not None:
+            # checkpointing keeps what it recomputed until it was asked for
+            self._input.get()
+        if not kept:
             self._input = None
-
-
-class _Hook:
-    """The forward hook of one module. A copied or pickled model has dead ones: its graphs are its own."""
-
-    def __init__(self, calls: LinearCalls | None, name: str):
-        self._calls = (lambda: None) if calls is None else weakref.ref(calls)
-        self._name = name
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        # a compiled graph has no calls
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not output.requires_grad:
-            return
-        calls = self._calls()
-        if calls is not None and inputs:
-            calls.note(self._name, module, inputs[0], output)
-
-    def __reduce__(self):
-        return _Hook, (None, self._name)
 
 
 def _cast(module: nn.Module, inputs: tuple) -> tuple | None:
@@ -90,12 +103,7 @@ def _cast(module: nn.Module, inputs: tuple) -> tuple | None:
 
 
 def can_be_noted(module: nn.Module) -> bool:
-    """Whether its output is input · Wᵀ + b and nothing else."""
+    """Whether its forward is input · Wᵀ + b and nothing else."""
     plain = type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
     # accelerate's hooks and the like put another forward on the object
-    return is_linear(module) and plain and "forward" not in vars(module)
-
-
-def _remove(handles: list) -> None:
-    for handle in handles:
-        handle.remove()
+    return is_linear(module) and plain and module.weight.dim() == 2 and "forward" not in vars(module)

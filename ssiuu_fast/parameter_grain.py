@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssiuu_fast import engines
 from ssiuu_fast.change import ChangeWatch
 from ssiuu_fast.frozen import refuse_reentrant
 from ssiuu_fast.host_references import HostReferences
 from ssiuu_fast.ops.backends import choose
+from ssiuu_fast.parameter_step import ParameterStep
 from ssiuu_fast.penalty_pass import PenaltyPass
 from ssiuu_fast.references import (
     MeanAttribution,
@@ -24,8 +26,8 @@ from ssiuu_fast.references import (
 from ssiuu_fast.replicated import Gradients, Replicated
 from ssiuu_fast.selection import NamedParameters, select_parameters
 from ssiuu_fast.shards import local_part, sharded_modules
-from ssiuu_fast.shared_backward import Plan, SharedBackward, Visit
-from ssiuu_fast.step import MicroBatch, StepResult, summed
+from ssiuu_fast.shared_backward import Plan, SharedBackward
+from ssiuu_fast.step import MicroBatch
 from ssiuu_fast.warn import warn_user
 
 if TYPE_CHECKING:
@@ -73,8 +75,8 @@ class ParameterGrain:
         self.elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._references: References | None = None
         self._change = ChangeWatch()
-        self._sharing_obstacle = _sharing_obstacle(model, self._engine)
-        self._shared = None if self._sharing_obstacle else SharedBackward(model, self._parameters)
+        self._obstacle = _obstacle(model, self._engine)
+        self._one_pass = None if self._obstacle else SharedBackward(model, self._parameters)
 
     @property
     def names(self) -> list[str]:
@@ -87,7 +89,7 @@ class ParameterGrain:
     def sample_numbers(self, samples: int, sample_ids: Tensor | None, last: bool) -> None:
         """Any micro-batch will do, and samples need no names."""
 
-    def begin(self, scale: float, weight: float | None) -> "ParameterStep":
+    def begin(self, scale: float, weight: float | None) -> ParameterStep:
         """A new step; the factor on the caller's loss, and λ (None while it is being calibrated) hold for all of it."""
         return ParameterStep(self, scale, weight)
 
@@ -97,28 +99,31 @@ class ParameterGrain:
     def abandon(self) -> None:
         """Nothing of a step is left to be added."""
 
+    @property
+    def engine(self) -> "Replicated | Sharded":
+        """How the gradient of the target is had, and completed over the ranks."""
+        return self._engine
+
+    @property
+    def one_pass(self) -> SharedBackward | None:
+        """What gives g from the loss's own backward pass; None where nothing can, whatever the graph."""
+        return self._one_pass
+
     def plan(self, batch: MicroBatch, scale: float) -> Plan:
         """How g of a micro-batch is had from the loss's own pass, the same on every rank; or why not."""
         engines.refuse_frozen(self._parameters.items())
-        plan = Plan(self._sharing_obstacle)
-        if self._shared is not None:
-            plan = self._shared.plan(batch.target, batch.loss, scale)
-        if not self._engine.agree_to_share(batch, bool(plan.reason)):
-            plan.reason = plan.reason or "another rank needs two passes"
+        if self._one_pass is None:
+            plan = Plan(self._obstacle)
+        else:
+            plan = self._one_pass.plan(batch.target, batch.loss, scale)
+        if self._engine.any_refuses_one_pass(batch, bool(plan.reason)):
+            plan.reason = plan.reason or "another rank needs two"
         return plan
-
-    def send_back(self, plan: Plan, loss: Tensor, gradients: Gradients, visit: Visit | None) -> None:
-        """Sends the loss back and adds its part to the gradients on the way (SharedBackward.run)."""
-        self._shared.run(plan, loss, gradients, visit)
 
     def step_gradients(self, batch: MicroBatch, scale: float) -> tuple[Gradients, int]:
         """scale · ∂T/∂φ of a micro-batch, None for parameters outside its graph, and its number of samples."""
         engines.refuse_frozen(self._parameters.items())
         return self._engine.step_gradients(batch, scale)
-
-    def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
-        """What the micro-batches of a step came to, over all ranks: g, samples, the parameters in some graph."""
-        return self._engine.complete(gradients, samples, present)
 
     def begin_pass(self, samples: int, scale: float, weight: float | None) -> PenaltyPass:
         """The pass over a step of so many samples; `end_pass` takes up the references that it renewed."""
@@ -209,95 +214,6 @@ class ParameterGrain:
         return dict(zip(self.names, self._engine.local(), strict=True))
 
 
-class ParameterStep:
-    """Sums g over the micro-batches of a step; the penalty is formed when it is whole."""
-
-    def __init__(self, grain: ParameterGrain, scale: float, weight: float | None):
-        self.scale = scale
-        # how the last micro-batch's g was had, and from how many rows in one pass
-        self.road = ""
-        self.kept_rows: int | None = None
-        self._grain = grain
-        self._weight = weight
-        self._gradients: Gradients = [None] * len(grain.names)
-        self._present: set[int] = set()
-        self._samples = 0
-        self._underflows: list[Tensor] = []
-        self._pass: PenaltyPass | None = None
-
-    def add(self, batch: MicroBatch) -> bool:
-        """Takes up a micro-batch. Whether its loss was sent back on the way."""
-        self._underflows.append(batch.underflows)
-        if batch.loss is not None:
-            plan = self._grain.plan(batch, self.scale)
-            self.road = plan.road
-            self.kept_rows = None if plan.reason else len(plan.kept)
-            if not plan.reason:
-                self._share(batch, plan)
-                return True
-        gradients, samples = self._grain.step_gradients(batch, self.scale)
-        self._samples += samples
-        for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            self._present.add(index)
-            if self._gradients[index] is None:
-                self._gradients[index] = gradient
-            else:
-                self._gradients[index].add_(gradient)
-        return False
-
-    def finish(self) -> StepResult:
-        names = self._grain.names
-        if self._pass is None:
-            self._gradients, self._samples, self._present = self._grain.complete(
-                self._gradients, self._samples, self._present
-            )
-            self._open_pass()
-        # what the last micro-batch had no part in, or all
-        rest = {names[index]: gradient for index, gradient in enumerate(self._gradients) if gradient is not None}
-        self._grain.add_to_grad(self._pass, rest)
-        self._grain.end_pass(self._pass)
-        sums, seen, counts, change = self._pass.close()
-        whole = StepResult(
-            penalty=sums.penalty,
-            negative=sums.negative,
-            elements=self._grain.elements,
-            gradient_square=sums.gradient_square,
-            underflows=self._underflows,
-            names=seen,
-            nonfinite_counts=counts,
-            absent=[name for index, name in enumerate(names) if index not in self._present],
-            change=change,
-        )
-        return summed(whole, self._grain.agreement.ranks, self._grain.shards)
-
-    def _share(self, batch: MicroBatch, plan: Plan) -> None:
-        self._samples += batch.samples
-        self._present |= plan.present
-        if not batch.last or self._grain.agreement.ranks.size > 1:
-            # g isn't whole yet
-            self._grain.send_back(plan, batch.loss, self._gradients, None)
-            return
-        self._covered = plan.covered
-        whole = self._present if plan.kept else {i for i, g in enumerate(self._gradients) if g is not None}
-        self._open_pass(whole)
-        self._grain.send_back(plan, batch.loss, self._gradients, self._add_on_the_way)
-
-    def _open_pass(self, whole: set[int] | None = None) -> None:
-        if whole is None:
-            whole = {index for index, gradient in enumerate(self._gradients) if gradient is not None}
-        self._pass = self._grain.begin_pass(self._samples, self.scale, self._weight)
-        self._pass.expect([self._grain.names[index] for index in sorted(whole)])
-
-    def _add_on_the_way(self, index: int, g: Tensor, gradient: Tensor) -> Tensor | None:
-        """The loss's gradient with the penalty's; in place, where nobody else can hold it."""
-        if index not in self._covered or not gradient.is_contiguous():
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-        self._pass.add({self._grain.names[index]: g}, [gradient])
-        return gradient
-
-
 def _engine(
     model_or_named_parameters, patterns: Iterable[str] | None, process_group
 ) -> tuple[nn.Module | None, NamedParameters, "Replicated | Sharded"]:
@@ -324,10 +240,13 @@ def _engine(
     return model, selected, Replicated(list(selected.values()), process_group, ddp)
 
 
-def _sharing_obstacle(model: nn.Module | None, engine) -> str:
+def _obstacle(model: nn.Module | None, engine) -> str:
     """Why the loss's own pass can't give g, whatever the graph; empty where it may."""
     if model is None:
         return "the regulariser was given parameters and not their model, whose linear modules it would watch"
+    mixing = next((name for name, module in model.named_modules() if isinstance(module, _BatchNorm)), None)
+    if mixing is not None:
+        return f"{mixing} mixes the samples of a batch"
     if engine.shards.size > 1 or engine.places() is not None:
         return "under FSDP2 a linear module's weight gradient is of shards that lie on other ranks"
     return ""

@@ -146,9 +146,9 @@ class SSIUURegularizer:
         self._raise_nonfinite = nonfinite == "raise"
         self._warned_of_absent = False
         self._roads_told: set[str] = set()
-        # how g of the last micro-batch was had: "one backward", or "two backwards" with the reason
+        # how the last micro-batch given with its loss was sent back: "one backward", or "two backwards" and the reason;
+        # and in one, how many of its rows had a part in g
         self.road = ""
-        # in one backward: how many rows of the last micro-batch had a part in g
         self.kept_rows: int | None = None
         self._start(step=0, weight=self._literal_weight, ratios=[])
 
@@ -167,10 +167,11 @@ class SSIUURegularizer:
         At neuron granularity loss.backward() itself adds it, and `.grad` is untouched here.
 
         With `loss` it also does loss.backward(), in the same pass where it can: don't call that yourself. The numbers
-        are those of two passes; the cost is one weight-gradient product on the rows with a part in the target. Rows
-        whose ∂T/∂ℓ is under 1e-16 (shared_backward.NEGLIGIBLE) are skipped; where ∂T/∂ℓ ÷ ∂loss/∂ℓ is the same for all
-        rows, or there is one, it costs a scaling. The host waits once for two numbers a sample. Where one pass can't do
-        it takes two: `road` says why, and so does this package's log, once.
+        are those of two passes, in another order of sums; the cost is one weight-gradient product on the rows with a
+        part in the target. Rows whose ∂T/∂ℓ is under 1.2e-38 (shared_backward.NEGLIGIBLE) are skipped: their A is taken
+        for 0. Where ∂T/∂ℓ ÷ ∂loss/∂ℓ is the same for all rows, or there is one, it costs a scaling. The host waits once
+        for two numbers a sample. Where one pass can't do it takes two: `road` says why, and so does this package's log,
+        once.
 
         log_probs: [B] log-probabilities of the answers (`sequence_log_probs`); their graph is kept.
         last: False for the earlier micro-batches of a step: their gradient is only summed (one buffer of model
@@ -183,13 +184,16 @@ class SSIUURegularizer:
             them on the CPU: the host has to know them, and would wait for a GPU.
         loss: a scalar, times `scale`, of the same forward pass. In one pass it must depend on the regularised
             parameters by way of one `sequence_log_probs` only, of which log_probs may be some rows: forget and retain
-            rows may share a forward pass. Modules are taken to be given [samples, tokens, features].
+            rows may share a forward pass. Samples must not mix, and modules be given [samples, tokens, features] in the
+            order of the log-probs, as models of transformers do. Hooks inside the model that change gradients in
+            another way than by a factor (clipping them, say) aren't seen: send the loss back yourself.
 
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
         non-finite attributions), RuntimeError where the graph can't give the gradient, FloatingPointError as
         `nonfinite` says (at parameter grain the finite part was then added: don't take the step).
-        A call that raises abandons the step (`abandon_step`); of neurons, a micro-batch whose loss was sent back before
+        A call that raises abandons the step (`abandon_step`); where that is in the loss's own pass, some references may
+        be today's already. Of neurons, a micro-batch whose loss was sent back before
         keeps its penalty in `.grad`. After an error of your own between micro-batches, call abandon_step yourself.
         """
         try:
@@ -213,6 +217,7 @@ class SSIUURegularizer:
         loss: Tensor | None,
     ) -> tuple[Tensor, bool]:
         """R, and whether the loss was sent back."""
+        self.road, self.kept_rows = "", None
         self._check_nonfinite()
         check_log_probs(log_probs, self.target, token_counts)
         if not 0 < scale < float("inf"):

@@ -45,11 +45,11 @@ class Replicated:
             self.agreement.pass_by(batch.last)
         return gradients, batch.samples
 
-    def agree_to_share(self, batch: MicroBatch, refused: bool) -> bool:
-        """Whether no rank refuses to have g from the loss's own pass, in which the ranks may meet."""
+    def any_refuses_one_pass(self, batch: MicroBatch, refuses: bool) -> bool:
+        """Whether some rank can't have g from the loss's own pass, where the ranks meet in that."""
         if self.ranks.size == 1 or not self._ranks_meet(batch.last):
-            return not refused
-        return not self.agreement.sums([int(refused)] + [0] * (2 * len(self._parameters)))[0]
+            return refuses
+        return bool(self.agreement.sums([int(refuses)] + [0] * (2 * len(self._parameters)))[0])
 
     def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
         """All over the ranks, once a step; None for parameters of which no rank has a gradient.

@@ -57,9 +57,9 @@ class Sharded:
         """Shards of scale · ∂T/∂φ over all ranks' samples and their number; None outside of their graphs."""
         return self._gradients(batch, scale, retain_graph=True)
 
-    def agree_to_share(self, batch: MicroBatch, refused: bool) -> bool:
-        """Whether g is had from the loss's own pass: all ranks refuse."""
-        return not refused
+    def any_refuses_one_pass(self, batch: MicroBatch, refuses: bool) -> bool:
+        """All do: FSDP2 needs two passes."""
+        return True
 
     def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
         """They were summed on the way."""

@@ -24,14 +24,20 @@ from ssiuu_fast.replicated import Gradients
 from ssiuu_fast.selection import NamedParameters
 from ssiuu_fast.taps import has_injection
 
-# rows with |T'_s| up to this are skipped. Their part of the penalty's gradient is of the order of T'², which fp32 holds
-# as 0 beside a weight's usual gradient
-NEGLIGIBLE = 1e-16
-# |w_s| against the largest: dY of a row under this isn't divided by it
-SMALLEST_WEIGHT = 1e-12
+# rows with |T'_s| under this are skipped: in fp32 T' has lost digits below it, and is soon 0. Not sooner: λ has no
+# scale, and relative_weight makes up for whatever the T' of its first steps were
+NEGLIGIBLE = torch.finfo(torch.float32).tiny
+# |w_s| from which dY of a row can be divided by it: against the largest, whose rounding it would share, and by itself,
+# since dY is a product of it and must not leave the range of fp32
+SMALLEST_SHARE = 1e-12
+SMALLEST_WEIGHT = 1e-30
 
 # nodes through which a weight reaches the operator that uses it
 _ALIASES = ("TBackward0", "TransposeBackward0", "ToCopyBackward0")
+
+# what a row's place in the batch is lost in, between the model and its log-probs; and what keeps it
+_REORDERING = ("Index", "Gather", "Flip", "Roll", "Cat", "Transpose", "Permute")
+_IN_PLACE = ("Slice", "Alias", "View", "UnsafeView", "ToCopy", "Clone", "Unsqueeze", "Squeeze", *_REORDERING)
 
 Visit = Callable[[int, Tensor, Tensor], Tensor | None]
 
@@ -41,19 +47,19 @@ class Plan:
     """How one micro-batch's g is had; or why not in this way.
 
     reason: why it takes two passes; empty where one is enough. present: the regularised parameters in the graph, by
-    index. rows: how many samples the graph has; kept: which of them have a part in g. factor: r, where it is the same
-    for all rows; else weights: [rows] r on the device. calls: of the modules whose products are needed.
+    index. covered: those of which nothing but noted calls makes use. rows: how many samples the graph has; kept: which
+    of them have a part in g. factor: r, where it is the same for all rows; else weights: [rows] r on the device. calls:
+    of the modules whose products are needed.
     """
 
     reason: str = ""
     present: set[int] = field(default_factory=set)
+    covered: set[int] = field(default_factory=set)
     rows: int = 0
     kept: list[int] = field(default_factory=list)
     factor: float | None = None
     weights: Tensor | None = None
     calls: list[LinearCall] = field(default_factory=list)
-    # parameters of which nothing but these calls makes use
-    covered: set[int] = field(default_factory=set)
 
     @property
     def road(self) -> str:
@@ -61,49 +67,56 @@ class Plan:
         return f"two backwards: {self.reason}" if self.reason else "one backward"
 
 
+class _TwoPassesNeeded(Exception):
+    """Why."""
+
+
 class SharedBackward:
     """Sends a loss back and gathers ∂T/∂φ of the regularised parameters on the way."""
 
     def __init__(self, model: nn.Module, parameters: NamedParameters):
+        self._names = list(parameters)
         self._parameters = list(parameters.values())
         self._indices = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        modules = {name: module for name, module in model.named_modules() if can_be_noted(module)}
         self._calls = LinearCalls(
-            {name: module for name, module in model.named_modules() if can_be_noted(module) and self._owned(module)}
+            {name: module for name, module in modules.items() if self._owned(module)}, self._indices.keys()
         )
 
     def plan(self, target: Tensor, loss: Tensor, scale: float) -> Plan:
         """Looks at the graph; the host then waits for two numbers a sample. scale: the factor on g."""
-        found = _row_nodes(target)
-        if len(found) != 1:
-            return Plan(
-                f"log_probs come from {len(found)} calls of sequence_log_probs, and one is needed to tell the samples "
-                "apart"
-            )
-        (node,) = found
+        try:
+            return self._plan(target, loss, scale)
+        except _TwoPassesNeeded as needed:
+            return Plan(str(needed))
+
+    def _plan(self, target: Tensor, loss: Tensor, scale: float) -> Plan:
+        node = _row_node(target)
         for what, top in (("loss", loss), ("target", target)):
             if self._reached(top, node):
-                return Plan(f"the {what} depends on the model by other ways than log_probs")
+                raise _TwoPassesNeeded(f"the {what} depends on the model by other ways than log_probs")
         survey = self._survey(node)
         engines.refuse_missing(
             target, len(survey.uses), len(self._parameters), "regularised parameters", "wrapped, sharded or frozen"
         )
-        if survey.injected:
-            return Plan("another regulariser adds to this graph's gradients")
+        self._refuse(survey)
         edges = [GradientEdge(node, 0)]
         (of_target,) = engines.differentiate(target, edges)
         (of_loss,) = engines.differentiate(loss, edges)
         if of_loss is None:
-            return Plan("the loss doesn't depend on log_probs")
-        plan = Plan(present=set(survey.uses), rows=len(of_target), calls=survey.calls)
+            raise _TwoPassesNeeded("the loss doesn't depend on log_probs")
+        factors = self.row_factors(of_target, of_loss, scale)
+        plan = Plan(present=set(survey.uses), rows=len(factors), calls=survey.calls)
         plan.covered = {index for index, uses in survey.uses.items() if uses == survey.calls_of[index]}
-        factors = self._factors(plan, of_target, of_loss, scale)
-        if plan.reason or not plan.kept:
+        plan.kept = [row for row, factor in enumerate(factors) if factor is not None]
+        if not plan.kept:
             return plan
-        if len(plan.kept) == plan.rows and len(set(factors)) == 1:
+        if len(set(factors)) == 1:
             plan.factor = factors[0]
             return plan
-        plan.weights = torch.tensor(factors, dtype=of_target.dtype).to(of_target.device, non_blocking=True)
-        plan.reason = self._obstacle(plan, node.batch_shape)
+        weights = torch.tensor([factor or 0.0 for factor in factors], dtype=of_target.dtype)
+        plan.weights = weights.to(of_target.device, non_blocking=True)
+        self._refuse_products(plan, node.batch_shape)
         return plan
 
     def run(self, plan: Plan, loss: Tensor, gradients: Gradients, visit: Visit | None = None) -> None:
@@ -112,20 +125,25 @@ class SharedBackward:
         visit(index, g, gradient): called as soon as g of a parameter is whole and the loss's gradient is about to be
         added to its `.grad`; what it returns is added in place of that. g is then let go of.
         """
-        pass_ = _Pass(plan, self._parameters, self._indices, gradients, visit)
+        sent = _Pass(plan, self._parameters, self._indices, gradients, visit)
         handles = [
-            self._parameters[index].register_hook(partial(pass_.see_gradient, index)) for index in sorted(plan.present)
+            self._parameters[index].register_hook(partial(sent.at_parameter, index)) for index in sorted(plan.present)
         ]
         if plan.weights is not None:
             for call in plan.calls:
-                call.see = pass_.see_call
+                call.on_gradient = sent.at_output
         try:
-            loss.backward()
+            with engines.explained():
+                loss.backward()
         finally:
             for handle in handles:
                 handle.remove()
             for call in plan.calls:
-                call.see = None
+                call.on_gradient = None
+
+    def row_factors(self, of_target: Tensor, of_loss: Tensor, scale: float) -> list[float | None]:
+        """r of every row, None for those that are skipped, on the host; what has no values overrides this."""
+        return _factors(*torch.stack([of_target, of_loss.to(of_target)]).tolist(), scale)
 
     def _owned(self, module: nn.Module) -> bool:
         return any(id(parameter) in self._indices for parameter in module.parameters(recurse=False))
@@ -150,52 +168,54 @@ class SharedBackward:
             edges += [(other, following) for following, _ in other.next_functions if following is not None]
             survey.injected = survey.injected or has_injection(other)
             survey.calls += self._calls.of_node(other)
-        for _ in _ALIASES:
+        aliases = [(other, following) for other, following in edges if other.name() in _ALIASES]
+        known = -1
+        while known != len(stands_for):
             # an alias of an alias
-            for other, following in edges:
-                if other.name() in _ALIASES and following in stands_for:
-                    stands_for[other] = stands_for[following]
+            known = len(stands_for)
+            stands_for |= {other: stands_for[following] for other, following in aliases if following in stands_for}
         for other, following in edges:
             if following in stands_for and other not in stands_for:
                 survey.uses[stands_for[following]] += 1
         for call in survey.calls:
-            for parameter in call.module.parameters(recurse=False):
-                if id(parameter) in self._indices:
-                    survey.calls_of[self._indices[id(parameter)]] += 1
+            for parameter in call.parameters.values():
+                survey.calls_of[self._indices[id(parameter)]] += 1
         return survey
 
-    def _factors(self, plan: Plan, of_target: Tensor, of_loss: Tensor, scale: float) -> list[float]:
-        """r of every row; notes in the plan which are kept, or a reason against it."""
-        targets, weights = torch.stack([of_target.double(), of_loss.double()]).tolist()
-        if not all(map(math.isfinite, [*targets, *weights])):
-            plan.reason = "the loss or the target is not a number"
-            return []
-        plan.kept = [row for row, target in enumerate(targets) if abs(target) > NEGLIGIBLE]
-        least = SMALLEST_WEIGHT * max(map(abs, weights), default=0.0)
-        small = next((row for row in plan.kept if abs(weights[row]) <= least), None)
-        if small is not None:
-            plan.reason = f"row {small} has a part in the target and none in the loss"
-            return []
-        kept = set(plan.kept)
-        return [scale * targets[row] / weights[row] if row in kept else 0.0 for row in range(plan.rows)]
+    def _refuse(self, survey: "_Survey") -> None:
+        """Raises _TwoPassesNeeded where a gradient on its way is changed, or too small, for this to see its parts."""
+        if survey.injected:
+            raise _TwoPassesNeeded("another regulariser adds to this graph's gradients")
+        for index in sorted(survey.uses):
+            parameter = self._parameters[index]
+            if parameter._backward_hooks:
+                raise _TwoPassesNeeded(f"a hook on {self._names[index]} may change its gradient")
+            if parameter.dtype == torch.float16:
+                raise _TwoPassesNeeded(f"{self._names[index]} is float16, whose range is too small to weigh rows")
+        for call in survey.calls:
+            if call.dtype == torch.float16:
+                raise _TwoPassesNeeded(f"{call.name} computes in float16, whose range is too small to weigh rows")
 
-    def _obstacle(self, plan: Plan, batch_shape: tuple[int, int]) -> str:
-        """Why products at the linear modules don't give g; empty where they do."""
-        uncovered = plan.present - plan.covered
+    def _refuse_products(self, plan: Plan, batch_shape: tuple[int, int]) -> None:
+        """Raises _TwoPassesNeeded where products at the linear modules don't give g."""
+        uncovered = sorted(plan.present - plan.covered)
         if uncovered:
-            return (
-                f"{len(uncovered)} regularised parameter(s) are not, or not only, weights and biases of linear modules "
-                "that were called as such"
+            raise _TwoPassesNeeded(
+                f"{self._names[uncovered[0]]} is not, or not only, the weight or bias of a linear module that was "
+                f"called as such; the same of {len(uncovered) - 1} others"
             )
+        double = plan.weights.dtype == torch.float64
         for call in plan.calls:
             if len(call.shape) != 3 or tuple(call.shape[:2]) != batch_shape:
-                return (
+                raise _TwoPassesNeeded(
                     f"{call.name} was given {list(call.shape)}, and the log-probs are of {list(batch_shape)} samples "
                     "and tokens: rows can't be told apart"
                 )
-            if call.dtype == torch.float16:
-                return f"{call.name} computes in float16, whose range is too small to weigh rows"
-        return ""
+            if (call.dtype == torch.float64) != double or call.device != plan.weights.device:
+                raise _TwoPassesNeeded(
+                    f"{call.name} computes in {call.dtype} on {call.device}, the log-probs in {plan.weights.dtype} on "
+                    f"{plan.weights.device}"
+                )
 
 
 @dataclass
@@ -226,24 +246,25 @@ class _Pass:
         self._visit = visit
         self._rows = None if plan.weights is None else _rows(plan.kept, plan.rows, plan.weights.device)
 
-    def see_call(self, call: LinearCall, inputs: Tensor, gradient: Tensor) -> None:
-        module = call.module
-        index = self._indices.get(id(module.weight))
-        if index is not None and index in self._plan.present:
-            pair = (gradient, inputs.to(gradient.dtype))
-            # Conv1D keeps its weight the other way round
-            pair = pair if isinstance(module, nn.Linear) else pair[::-1]
-            self._add(index, partial(weighted_weight_gradient, *pair, self._plan.weights, rows=self._rows))
-        index = None if module.bias is None else self._indices.get(id(module.bias))
-        if index is not None and index in self._plan.present:
-            self._add(index, partial(self._bias, gradient))
+    def at_output(self, call: LinearCall, gradient: Tensor) -> None:
+        """With the loss's gradient at the output of a linear module."""
+        if "weight" in call.parameters:
+            pair = (gradient, call.input().to(gradient.dtype))
+            pair = pair[::-1] if call.transposed else pair
+            product = partial(weighted_weight_gradient, *pair, self._plan.weights, rows=self._rows)
+            self._add(self._indices[id(call.parameters["weight"])], product)
+        if "bias" in call.parameters:
+            self._add(self._indices[id(call.parameters["bias"])], partial(self._bias, gradient))
 
-    def see_gradient(self, index: int, gradient: Tensor) -> Tensor | None:
+    def at_parameter(self, index: int, gradient: Tensor) -> Tensor | None:
+        """With the loss's gradient of a parameter, over all its uses; what is returned takes its place."""
         if self._plan.factor is not None:
+            if gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
             if self._gradients[index] is None:
-                self._gradients[index] = gradient.detach().mul(self._plan.factor)
+                self._gradients[index] = gradient.mul(self._plan.factor).contiguous()
             else:
-                self._gradients[index].add_(gradient.detach(), alpha=self._plan.factor)
+                self._gradients[index].add_(gradient, alpha=self._plan.factor)
         if self._visit is None or self._gradients[index] is None:
             return None
         whole, self._gradients[index] = self._gradients[index], None
@@ -272,7 +293,36 @@ def _rows(kept: list[int], rows: int, device: torch.device) -> slice | Tensor | 
     return torch.tensor(kept).to(device, non_blocking=True)
 
 
-def _row_nodes(target: Tensor) -> list:
-    """The nodes in the graph of the target whose output is a number for each sample, in the batch's order."""
+def _factors(targets: list[float], weights: list[float], scale: float) -> list[float | None]:
+    """r of every row; None for those that are skipped. Raises _TwoPassesNeeded where a row's can't be had."""
+    if not all(map(math.isfinite, [*targets, *weights])):
+        raise _TwoPassesNeeded("the loss or the target is not a number")
+    least = max(SMALLEST_WEIGHT, SMALLEST_SHARE * max(map(abs, weights), default=0.0))
+    factors: list[float | None] = []
+    for row, (target, weight) in enumerate(zip(targets, weights, strict=True)):
+        if abs(target) < NEGLIGIBLE:
+            factors.append(None)
+        elif abs(weight) < least:
+            raise _TwoPassesNeeded(f"row {row} has a part in the target and none in the loss")
+        else:
+            factors.append(scale * target / weight)
+    return factors
+
+
+def _row_node(target: Tensor):
+    """The node in the graph of the target whose output is a number for each sample, in the batch's order.
+
+    Raises _TwoPassesNeeded where there is not one, or what it was given is not in the order of the model's batch.
+    """
     classes = tuple(function._backward_cls for function in ROW_FUNCTIONS)
-    return [node for node in engines.nodes([target.grad_fn]) if isinstance(node, classes)]
+    found = [node for node in engines.nodes([target.grad_fn]) if isinstance(node, classes)]
+    if len(found) != 1:
+        raise _TwoPassesNeeded(
+            f"log_probs come from {len(found)} calls of sequence_log_probs, and one is needed to tell samples apart"
+        )
+    node = found[0].next_functions[0][0]
+    while node is not None and node.name().startswith(_IN_PLACE):
+        if node.name().startswith(_REORDERING):
+            raise _TwoPassesNeeded(f"the model's output was put in another order ({node.name()})")
+        node = node.next_functions[0][0]
+    return found[0]

@@ -5,16 +5,15 @@ requires grad: the backward pass towards that scalar runs the backward of every 
 computes no gradient of a weight.
 """
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ssiuu_fast import engines
 from ssiuu_fast.kept_tensor import KeptTensor
+from ssiuu_fast.module_hooks import watch
 
 
 class Taps:
@@ -30,8 +29,7 @@ class Taps:
         # whether the model writes into a module's output, by name and whether it trains: an in-place dropout only does
         # then. What isn't here was never measured
         self._overwritten: dict[tuple[str, bool], bool] = {}
-        handles = [module.register_forward_hook(_Hook(self, name)) for name, module in modules.items()]
-        weakref.finalize(self, _remove, handles)
+        watch(self, modules)
 
     def measure(
         self,
@@ -66,8 +64,9 @@ class Taps:
         finally:
             self._visiting = False
 
-    def tap(self, name: str, output: Tensor, training: bool) -> Tensor:
+    def on_forward(self, name: str, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
         """The output with a tap on it: equal values, in the same memory or a copy."""
+        training = module.training
         tapped = TappedOutput(self, name, output, training)
         output = _Tap.apply(output, self._scalar, tapped)
         if self._overwritten.get((name, training), True):
@@ -165,29 +164,6 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return ctx.tapped.taps.send_back(ctx.tapped, gradient), None, None
-
-
-class _Hook:
-    """The forward hook of one module. A copied or pickled model has dead ones: its graphs are its own."""
-
-    def __init__(self, taps: Taps | None, name: str):
-        self._taps = (lambda: None) if taps is None else weakref.ref(taps)
-        self._name = name
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-        taps = self._taps()
-        # what a compiled graph makes of a tap was settled when it was traced: there is none in it
-        if taps is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return output
-        return taps.tap(self._name, output, module.training)
-
-    def __reduce__(self):
-        return _Hook, (None, self._name)
-
-
-def _remove(handles: list[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 def _version_counter(tensor: Tensor) -> Tensor:

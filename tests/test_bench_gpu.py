@@ -19,12 +19,16 @@ def test_it_runs_and_a_contestant_that_fails_is_a_row(tmp_path):
     # threads that wait for each other are slow where the cores are shared
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert run.returncode == 0, run.stdout + run.stderr
-    for title in ("Limits", "neuron_attribution", "neuron_penalty", "penalty_, Llama", "penalty_, small"):
+    titles = ("Limits", "neuron_attribution", "neuron_penalty", "penalty_, Llama", "penalty_, small")
+    for title in (*titles, "penalized_weight_gradient", "weighted_weight_gradient"):
         assert f"### {title}" in run.stdout
     assert "goal at least 0.9" in run.stdout
     rows = json.loads(file.read_text())
     contestants = {row["contestant"] for row in rows if row["benchmark"] == "penalty_"}
     assert contestants == {"cpp", "reference", "cuda", "eager", "foreach", "compiled"}
+    contestants = {row["contestant"] for row in rows if row["benchmark"] == "penalized_weight_gradient"}
+    assert contestants == {"library", "reference", "reference, then penalty_", "plain product"}
+    assert "reference: " in run.stdout and "× library, goal at least 1.1" in run.stdout
     for row in rows:
         # no CUDA kernel runs on the CPU
         if row["contestant"] == "cuda":

@@ -17,8 +17,14 @@ import neuron_grid  # noqa: E402
 import penalty_grid  # noqa: E402
 import small_grid  # noqa: E402
 import test_gpu_large  # noqa: E402
+import test_gpu_offload  # noqa: E402
 import test_gpu_sanitizer  # noqa: E402
+import test_gpu_weight_gradients  # noqa: E402
+import weight_gradient_cases  # noqa: E402
 from operator_calls import OPERATORS, check_determinism  # noqa: E402
+
+from ssiuu_fast import host_references  # noqa: E402
+from ssiuu_fast.copy_lanes import WaitingLanes  # noqa: E402
 
 CPU = torch.device("cpu")
 # "auto" is C++ where it has a kernel
@@ -125,6 +131,13 @@ def test_the_grid_of_neurons(backend):
                     neuron_grid.check_exact_penalty(shape, dtype, layout, CPU, backend, **how)
 
 
+@pytest.mark.parametrize("backend", ["reference", "library"])
+def test_the_grid_of_weight_gradients(backend):
+    for name, case, number in test_gpu_weight_gradients.cases(CPU, weight_gradient_cases.SHAPES, 1):
+        for check in ("check_weighted", "check_both", "check_penalized"):
+            getattr(weight_gradient_cases, check)(name, case, number, backend)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_calls_give_the_same_bits(operator):
     check_determinism(operator, CPU, "auto", 2)
@@ -137,9 +150,23 @@ def test_the_grid_for_a_memory_checker():
 @pytest.mark.parametrize("kind", ["bf16", "8bit"])
 def test_large_tensors_slice_by_slice(kind, monkeypatch):
     monkeypatch.setattr(test_gpu_large, "skip_unless_free", lambda gigabytes: None)
-    for name, value in {"ELEMENTS": 2**15 + 4099, "SLICE": 2**13, "SHAPE": (3, 50, 1024)}.items():
+    small = {"ELEMENTS": 2**15 + 4099, "SLICE": 2**13, "SHAPE": (3, 50, 1024), "MATRIX": (37, 48), "ROWS": 8}
+    for name, value in small.items():
         monkeypatch.setattr(test_gpu_large, name, value)
     test_gpu_large.test_penalty_of_more_than_2_to_the_31_elements(CPU, "auto", kind)
     if kind == "bf16":
         test_gpu_large.test_neuron_attribution_of_more_than_2_to_the_31_elements(CPU, "auto")
         test_gpu_large.test_neuron_penalty_of_more_than_2_to_the_31_elements(CPU, "auto")
+        # the library rounds what isn't written elsewhere
+        test_gpu_large.test_weight_gradients_of_operands_of_more_than_2_to_the_31_elements(CPU, "reference")
+        test_gpu_large.test_weight_gradients_of_more_than_2_to_the_31_elements(CPU, "reference")
+
+
+@pytest.mark.parametrize("one_backward", [True, False])
+@pytest.mark.filterwarnings("ignore:reference='initial'")
+def test_references_in_host_memory(one_backward, monkeypatch):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(test_gpu_offload, "SIZES", sizes)
+    monkeypatch.setattr(host_references, "lanes_of", WaitingLanes)
+    test_gpu_offload.test_the_same_bits(CPU, one_backward, "8bit", 1, 2, monkeypatch, None)
+    test_gpu_offload.test_initial_references(CPU, one_backward, None)

@@ -190,11 +190,22 @@ def test_the_initial_reference_is_taken_before_the_first_step(tmp_path, recwarn)
 def test_options_from_flags(tmp_path):
     flags = ["--output_dir", str(tmp_path), "--objective", "npo", "--objective_options", '{"beta": 0.2}', "--use_cpu"]
     (parsed,) = HfArgumentParser(UnlearningConfig).parse_args_into_dataclasses(
-        [*flags, "--regularized_parameters", "*down_proj*", "*up_proj*", "--state_dtype", "8bit", "--weight", "2"]
+        [
+            *flags,
+            "--regularized_parameters",
+            "*down_proj*",
+            "*up_proj*",
+            "--state_dtype",
+            "8bit",
+            "--weight",
+            "2",
+            "--offload",
+        ]
     )
     assert parsed.new_objective().beta == 0.2
     options = parsed.regularizer_options()
     assert (options["weight"], options["relative_weight"], options["state_dtype"]) == (2.0, None, "8bit")
+    assert options["offload"] is True
     assert options["parameters"] == ["*down_proj*", "*up_proj*"]
 
 

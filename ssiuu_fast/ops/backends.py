@@ -25,7 +25,9 @@ KERNELS = {
     "penalty_": ("cuda", "cpp", "triton"),
     "neuron_attribution": ("cuda", "cpp", "triton"),
     "neuron_penalty": ("cuda", "cpp", "triton"),
-    "weighted_weight_gradient": ("library",),
+    "weighted_weight_gradient": ("library", "triton"),
+    "both_weight_gradients": ("library", "triton"),
+    "penalized_weight_gradient": ("library", "triton"),
 }
 
 

@@ -8,6 +8,7 @@ gradient history, whatever requires grad among the inputs.
 import torch
 from torch import Tensor
 
+from ssiuu_fast.ops.both_weight_gradients import WeightGradients, run_both_weight_gradients, two_of
 from ssiuu_fast.ops.checks import check_written
 from ssiuu_fast.ops.neuron_attribution import NeuronAttribution, run_neuron_attribution
 from ssiuu_fast.ops.neuron_penalty import NeuronPenalty, attribution_form, run_neuron_penalty
@@ -198,6 +199,33 @@ def traced_weighted_weight_gradient(gradient, input, weights, rows, out, backend
         return result if out is None else out.add_(result)
 
 
+@torch.library.custom_op(
+    "ssiuu_fast::both_weight_gradients",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor input, Tensor weights, str backend) -> (Tensor, Tensor)",
+)
+def both_weight_gradients(gradient, input, weights, backend):
+    """both_weight_gradients: (plain, weighted)."""
+    return tuple(run_both_weight_gradients(gradient, input, weights, None, None, backend))
+
+
+@both_weight_gradients.register_fake
+def _(gradient, input, weights, backend):
+    return tuple(gradient.new_empty(gradient.shape[-1], input.shape[-1]) for _ in range(2))
+
+
+def traced_both_weight_gradients(gradient, input, weights, rows, out, backend) -> WeightGradients:
+    """both_weight_gradients in a traced graph; `rows` only says which weights are 0."""
+    outs = two_of(out)
+    for place, target in enumerate(outs):
+        if target is not None:
+            check_written(target, f"out[{place}]")
+    with torch.no_grad():
+        results = torch.ops.ssiuu_fast.both_weight_gradients(gradient, input, weights, backend)
+        pairs = zip(outs, results, strict=True)
+        return WeightGradients(*(result if out is None else out.add_(result) for out, result in pairs))
+
+
 def _mark_results(ctx, inputs, output):
     results = output if isinstance(output, tuple) else (output,)
     lists = [result if isinstance(result, list) else [result] for result in results]
@@ -209,7 +237,7 @@ def _no_backward(ctx, *gradients):
 
 
 # without these, results would ask for a backward that there isn't wherever an input requires grad
-for _operator in (penalty, neuron_attribution, neuron_penalty, weighted_weight_gradient):
+for _operator in (penalty, neuron_attribution, neuron_penalty, weighted_weight_gradient, both_weight_gradients):
     _operator.register_autograd(_no_backward, setup_context=_mark_results)
 
 

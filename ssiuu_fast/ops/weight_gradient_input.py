@@ -1,4 +1,4 @@
-"""What the operators on weight gradients refuse, before anything is changed, and how they choose samples."""
+"""What the operators on weight gradients refuse, before anything is changed, and how they choose samples and tokens."""
 
 import torch
 from torch import Tensor
@@ -76,11 +76,11 @@ def selected(rows, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     if isinstance(rows, slice):
         return tuple(tensor[rows] for tensor in tensors)
-    rows = indices_on(rows, tensors[0].device)
+    rows = _indices_on(rows, tensors[0].device)
     return tuple(tensor.index_select(0, rows) for tensor in tensors)
 
 
-def indices_on(rows: Tensor, device: torch.device) -> Tensor:
+def _indices_on(rows: Tensor, device: torch.device) -> Tensor:
     """The indices on this device; sent there without waiting, which a copy from ordinary memory would."""
     if rows.device == device or device.type != "cuda":
         return rows.to(device)
@@ -90,3 +90,13 @@ def indices_on(rows: Tensor, device: torch.device) -> Tensor:
 def by_token(tensor: Tensor) -> Tensor:
     """[batch, ..., features] → [batch · ..., features], a view where strides allow it."""
     return tensor.reshape(tensor.shape[:-1].numel(), tensor.shape[-1])
+
+
+def of_samples(tensor: Tensor) -> Tensor:
+    """[batch, ..., features] → [batch, tokens, features], a view where strides allow it."""
+    return tensor.reshape(tensor.shape[0], tensor.shape[1:-1].numel(), tensor.shape[-1])
+
+
+def mark_written(*tensors: Tensor) -> None:
+    """Tell autograd, as an in-place torch operator would: kernels write through bare pointers."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])

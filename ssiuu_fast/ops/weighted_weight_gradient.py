@@ -4,7 +4,14 @@ import torch
 from torch import Tensor
 
 from ssiuu_fast.ops import backends
-from ssiuu_fast.ops.weight_gradient_input import by_token, check_operands, check_target, selected
+from ssiuu_fast.ops.weight_gradient_input import (
+    by_token,
+    check_operands,
+    check_target,
+    mark_written,
+    of_samples,
+    selected,
+)
 
 
 def weighted_weight_gradient(
@@ -35,9 +42,11 @@ def weighted_weight_gradient(
             be finite, as 0 · inf is NaN.
         out: None, or [N, K] of the dtype of gradient or float32, to which the result is added in place; any strides,
             overlapping nothing.
-        backend: "auto", "library" or "reference". "library" is one matrix product of torch's, of the wider operand and
-            the other one times the weights, computed in float32 and rounded once to its dtype (in float16 what falls
-            below 6e-8 is lost, and what exceeds 65504 infinite: scale the weights). "auto" takes it.
+        backend: "auto", "library", "triton" or "reference". "library" is one matrix product of torch's, of the wider
+            operand and the other one times the weights, computed in float32 and rounded once to its dtype (in float16
+            what falls below 6e-8 is lost, and what exceeds 65504 infinite: scale the weights). "triton" rounds no
+            operand; with fewer than 16 tokens a sample most of its work is on none. "auto" takes the library's product
+            until the kernel is measured faster.
 
     Returns:
         [N, K] in the dtype of gradient, accumulated in float32 (float64 for float64), without gradient history; or
@@ -65,16 +74,23 @@ def run_weighted_weight_gradient(gradient, input, weights, rows, out, backend) -
         check_target(out, "out", shape, (gradient.dtype, torch.float32), read)
     double = gradient.dtype == torch.float64
     name = backends.choose(backend, "weighted_weight_gradient", gradient.device, double=double)
-    run = {"library": _library, "reference": _reference}[name]
+    run = {"library": library_product, "triton": _triton, "reference": reference_product}[name]
     with torch.no_grad():
-        return run(*selected(rows, gradient, input, weights), out)
+        return run(gradient, input, weights, rows, out)
 
 
-def _library(gradient, input, weights, out):
+def library_product(gradient, input, weights, rows, out):
+    """weighted_weight_gradient in one product of torch's, checked."""
+    gradient, input, weights = selected(rows, gradient, input, weights)
     if gradient.shape[-1] <= input.shape[-1]:
         gradient = _scaled(gradient, weights)
     else:
         input = _scaled(input, weights)
+    return plain_product(gradient, input, out)
+
+
+def plain_product(gradient, input, out):
+    """Σ_b Σ_t gradient[b,t,:]ᵀ input[b,t,:], added to `out` if there is one."""
     left, right = by_token(gradient).T, by_token(input)
     if out is None:
         return torch.mm(left, right)
@@ -89,8 +105,25 @@ def _scaled(tensor, weights):
     return torch.mul(tensor, weights.view(-1, *[1] * (tensor.dim() - 1)), out=scaled)
 
 
-def _reference(gradient, input, weights, out):
+def _triton(gradient, input, weights, rows, out):
+    from ssiuu_fast.kernels.weight_gradient import weight_gradients
+
+    gradient, input, weights = selected(rows, gradient, input, weights)
+    result = gradient.new_empty(gradient.shape[-1], input.shape[-1]) if out is None else out
+    weight_gradients(
+        of_samples(gradient),
+        of_samples(input),
+        weights.contiguous(),
+        weighted=result,
+        add=(False, out is not None),
+    )
+    mark_written(result)
+    return result
+
+
+def reference_product(gradient, input, weights, rows, out):
     """The formula in plain torch, one sample after the other: what everything else is tested against."""
+    gradient, input, weights = selected(rows, gradient, input, weights)
     total = torch.zeros(gradient.shape[-1], input.shape[-1], dtype=weights.dtype, device=gradient.device)
     for sample, weight in enumerate(weights):
         left, right = (by_token(tensor[sample : sample + 1]).to(weights.dtype) for tensor in (gradient, input))

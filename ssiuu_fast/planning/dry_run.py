@@ -19,7 +19,7 @@ from ssiuu_fast.ops.sequence_log_probs import HiddenLogProbs, SequenceLogProbs
 from ssiuu_fast.planning.live_memory import LiveMemory
 from ssiuu_fast.planning.skeleton import Skeleton, first_line
 from ssiuu_fast.selection import select_modules, select_parameters
-from ssiuu_fast.shared_backward import Plan, SharedBackward
+from ssiuu_fast.shared_backward import SharedBackward
 from ssiuu_fast.taps import PendingInjections, TappedOutput, Taps
 
 FORWARD = "forward of the forget rows"
@@ -199,9 +199,8 @@ class _OnePass(_TwoPasses):
 class _RowsThatDiffer(SharedBackward):
     """Fake tensors have no values that tell rows apart: here every row has a part in g, each with its own weight."""
 
-    def _factors(self, plan: Plan, of_target: Tensor, of_loss: Tensor, scale: float) -> list[float]:
-        plan.kept = list(range(plan.rows))
-        return [1.0 + row for row in plan.kept]
+    def row_factors(self, of_target: Tensor, of_loss: Tensor, scale: float) -> list[float | None]:
+        return [1.0 + row for row in range(len(of_target))]
 
 
 class _Neurons(_Loss):

@@ -5,7 +5,14 @@ from typing import NamedTuple
 import torch
 from penalty_cases import SINGLE
 
-from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalty_
+from ssiuu_fast.ops import (
+    both_weight_gradients,
+    neuron_attribution,
+    neuron_penalty,
+    penalized_weight_gradient,
+    penalty_,
+    weighted_weight_gradient,
+)
 
 SIZES = (100_003, 1, 65_536, 257, 4096, 300_007)
 
@@ -63,13 +70,47 @@ def _neuron_penalty_with(per_sample):
     return run
 
 
+def _module_tensors(device, seed):
+    """gradient, input, weights, parameter, reference and out; whole vectors of 16 bytes for an even seed."""
+    generator = torch.Generator().manual_seed(seed)
+    outputs, inputs = (272, 144) if seed % 2 == 0 else (271, 145)
+    operands = [torch.randn(5, 67, size, generator=generator).to(torch.bfloat16) for size in (outputs, inputs)]
+    weights = torch.randn(5, generator=generator)
+    weights[0] = 0
+    matrices = torch.randn(3, outputs, inputs, generator=generator).unbind()
+    return [tensor.to(device) for tensor in (*operands, weights, *(matrix.clone() for matrix in matrices))]
+
+
+def _weighted(tensors, backend):
+    gradient, input, weights, *_, out = tensors
+    return [weighted_weight_gradient(gradient, input, weights, rows=slice(1, None), out=out, backend=backend)]
+
+
+def _both(tensors, backend):
+    gradient, input, weights, *_, out = tensors
+    return list(both_weight_gradients(gradient, input, weights, out=(out, None), backend=backend))
+
+
+def _penalized(tensors, backend):
+    gradient, input, weights, parameter, reference, out = tensors
+    result = penalized_weight_gradient(
+        gradient, input, weights, parameter, reference, weight=0.37, out=out, backend=backend
+    )
+    return [*result, reference]
+
+
 OPERATORS = {
     "penalty_": Operator(_penalty_tensors, _penalty_with(lambda weight: 0.37)),
     "penalty_ with its weight on the device": Operator(_penalty_tensors, _penalty_with(lambda weight: weight)),
     "neuron_attribution": Operator(_neuron_tensors, _attribution),
     "neuron_penalty": Operator(_neuron_tensors, _neuron_penalty_with(False)),
     "neuron_penalty a sample": Operator(_neuron_tensors, _neuron_penalty_with(True)),
+    "weighted_weight_gradient": Operator(_module_tensors, _weighted),
+    "both_weight_gradients": Operator(_module_tensors, _both),
+    "penalized_weight_gradient": Operator(_module_tensors, _penalized),
 }
+# of each operator with each of its backends for a GPU
+CALLS = [(name, kind) for name in OPERATORS for kind in ("library" if "weight_gradient" in name else "cuda", "triton")]
 
 
 def clones(tensors):

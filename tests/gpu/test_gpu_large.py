@@ -7,7 +7,7 @@ from penalty_cases import SINGLE
 from penalty_grid import MIXED, OPTIONS, assert_equal, case_of, check, covering
 
 from ssiuu_fast import ops
-from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalty_
+from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalized_weight_gradient, penalty_
 
 pytestmark = pytest.mark.gpu
 BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -18,6 +18,8 @@ ELEMENTS = 2**31 + 4099
 SLICE = 2**27
 # 3 · 87,382 · 8192 > 2^31
 SHAPE = (3, 87_382, 8192)
+# 65,537 · 32,784 > 2^31; rows compared at a time
+MATRIX, ROWS = (65_537, 32_784), 8192
 
 
 @pytest.fixture(autouse=True)
@@ -137,6 +139,57 @@ def test_neuron_penalty_of_more_than_2_to_the_31_elements(device, backend):
             assert torch.equal(gradient[sample, :, span], plain.injection[0]), f"injection of {what}"
             penalty += plain.penalty
     torch.testing.assert_close(result.penalty, penalty, rtol=1e-6, atol=0)
+
+
+def module_inputs(device, batch, tokens, outputs, inputs):
+    """Whole numbers: gradient, input and weights of a linear module."""
+    generator = torch.Generator(device).manual_seed(0)
+    gradient, input = (
+        whole_numbers((batch, tokens, size), torch.bfloat16, device, generator) for size in (outputs, inputs)
+    )
+    return gradient, input, torch.arange(batch, dtype=torch.float32, device=device) - 1
+
+
+def compare_rows(result, plain, reference, plain_reference, what):
+    assert_equal(result, plain, f"gradient of {what}")
+    assert_equal(reference, plain_reference, f"reference of {what}")
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_weight_gradients_of_operands_of_more_than_2_to_the_31_elements(device, backend):
+    skip_unless_free(16)
+    last = 37
+    gradient = torch.zeros(SHAPE, dtype=torch.bfloat16, device=device)
+    few, input, weights = module_inputs(device, SHAPE[0], last, SHAPE[2], 16)
+    gradient[:, -last:] = few
+    whole = torch.full((*SHAPE[:2], 16), 5, dtype=torch.bfloat16, device=device)
+    whole[:, -last:] = input
+    parameter, reference = torch.randn(2, SHAPE[2], 16, device=device).round()
+    stored, plain_stored = reference.clone(), reference.clone()
+    mine = penalized_weight_gradient(gradient, whole, weights, parameter, stored, weight=0.5, backend=backend)
+    plain = penalized_weight_gradient(few, input, weights, parameter, plain_stored, weight=0.5, backend="reference")
+    compare_rows(mine.gradient, plain.gradient, stored, plain_stored, "the last tokens of each sample")
+    torch.testing.assert_close(mine.penalty, plain.penalty, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_weight_gradients_of_more_than_2_to_the_31_elements(device, backend):
+    skip_unless_free(32)
+    gradient, input, weights = module_inputs(device, 2, 5, *MATRIX)
+    generator = torch.Generator(device).manual_seed(1)
+    parameter, reference = (whole_numbers(MATRIX, torch.bfloat16, device, generator) for _ in range(2))
+    stored = reference.clone()
+    mine = penalized_weight_gradient(gradient, input, weights, parameter, stored, weight=0.5, backend=backend)
+    penalty = torch.zeros((), dtype=torch.float64, device=device)
+    for begin in range(0, MATRIX[0], ROWS):
+        span = slice(begin, min(begin + ROWS, MATRIX[0]))
+        plain_stored = reference[span].clone()
+        plain = penalized_weight_gradient(
+            gradient[..., span], input, weights, parameter[span], plain_stored, weight=0.5, backend="reference"
+        )
+        compare_rows(mine.gradient[span], plain.gradient, stored[span], plain_stored, f"rows from {begin} on")
+        penalty += plain.penalty
+    torch.testing.assert_close(mine.penalty, penalty, rtol=1e-12, atol=0)
 
 
 @BACKENDS

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssiuu_fast import ops
-from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalty_
+from ssiuu_fast.ops import neuron_attribution, neuron_penalty, penalized_weight_gradient, penalty_
 
 pytestmark = pytest.mark.gpu
 BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -78,3 +78,18 @@ def test_neuron_penalty(device, backend, shape, per_sample):
     # not even a byte for each element of [batch, tokens, neurons]
     allowed = 0.1 * hidden.numel()
     assert rise <= allowed, f"{rise:,} bytes, allowed are {allowed:,.0f}"
+
+
+def test_the_fused_kernel_keeps_no_second_gradient(device):
+    gradient, input = (torch.randn(8, 128, size, device=device, dtype=torch.bfloat16) for size in (4096, 2048))
+    parameter, reference = torch.randn(2, 4096, 2048, device=device, dtype=torch.bfloat16)
+    weights = torch.rand(8, device=device)
+
+    def call():
+        return penalized_weight_gradient(gradient, input, weights, parameter, reference, weight=0.5, backend="triton")
+
+    call()
+    rise = rise_of_peak(call)
+    # the result, and partial sums
+    allowed = parameter.nbytes + 1_000_000
+    assert rise <= allowed, f"{rise:,} bytes, allowed are {allowed:,}"

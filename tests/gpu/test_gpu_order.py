@@ -2,12 +2,16 @@
 
 import pytest
 import torch
-from operator_calls import OPERATORS, assert_same_bits, bits, check_determinism, clones
+from operator_calls import CALLS, OPERATORS, assert_same_bits, bits, check_determinism, clones
 
 from ssiuu_fast.ops import Blockwise8, blockwise8, penalty_
 
 pytestmark = pytest.mark.gpu
-OPERATOR = pytest.mark.parametrize("operator", OPERATORS)
+CALL = pytest.mark.parametrize(("operator", "backend"), CALLS)
+# bits of the library are its own matter
+OUR_CALL = pytest.mark.parametrize(("operator", "backend"), [call for call in CALLS if call[1] != "library"])
+# penalty_ in Triton can't be captured, and says so
+CAPTURED = [call for call in CALLS if call[1] != "triton" or "weight_gradient" in call[0]]
 BACKENDS = pytest.mark.parametrize("backend", ["cuda", "triton"])
 # about a fifth of a second on a GPU of 2 GHz: longer than any of these calls takes to return
 SLEEP_CYCLES = 400_000_000
@@ -24,14 +28,12 @@ def refuse_waiting():
     torch.cuda.set_sync_debug_mode("default")
 
 
-@BACKENDS
-@OPERATOR
+@OUR_CALL
 def test_same_bits_in_every_run(device, backend, operator):
     check_determinism(operator, device, backend, 20)
 
 
-@BACKENDS
-@OPERATOR
+@OUR_CALL
 def test_same_bits_beside_a_busy_stream(device, backend, operator):
     other, matrix = torch.cuda.Stream(), torch.randn(2048, 2048, device=device)
 
@@ -45,8 +47,7 @@ def test_same_bits_beside_a_busy_stream(device, backend, operator):
     torch.cuda.synchronize()
 
 
-@BACKENDS
-@OPERATOR
+@CALL
 def test_work_is_ordered_on_the_callers_stream_and_the_call_does_not_wait(device, backend, operator):
     make, run = OPERATORS[operator]
     tensors = make(device, 0)
@@ -72,8 +73,7 @@ def test_work_is_ordered_on_the_callers_stream_and_the_call_does_not_wait(device
     assert_same_bits(result, expected, operator)
 
 
-@BACKENDS
-@OPERATOR
+@CALL
 def test_nothing_waits_for_the_device(device, backend, operator, refuse_waiting):
     make, run = OPERATORS[operator]
     tensors = make(device, 0)
@@ -121,23 +121,23 @@ def test_8_bit_references_in_a_cuda_graph_need_a_call_before(device):
     assert torch.equal(captured, expected)
 
 
-@OPERATOR
-def test_in_a_cuda_graph(device, operator):
+@pytest.mark.parametrize(("operator", "backend"), CAPTURED)
+def test_in_a_cuda_graph(device, operator, backend):
     make, run = OPERATORS[operator]
     static = make(device, 0)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
-            run(static, "cuda")
+            run(static, backend)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outcome = run(static, "cuda")
-    for seed in range(1, 6):
+        outcome = run(static, backend)
+    for seed in range(2, 11, 2):
         fresh = make(device, seed)
         for place, tensor in zip(static, fresh, strict=True):
             place.copy_(tensor)
         graph.replay()
         torch.cuda.synchronize()
-        assert_same_bits(bits(outcome), bits(run(fresh, "cuda")), f"{operator}, replay {seed}")
+        assert_same_bits(bits(outcome), bits(run(fresh, backend)), f"{operator}, replay {seed}")

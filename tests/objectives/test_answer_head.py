@@ -12,6 +12,7 @@ from steps import assert_close, gradients
 from tiny import batch, exactly, log_probs_of, tiny_gpt2, tiny_llama, tiny_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_outputs import CausalLMOutput
 
 from ssiuu_fast.objectives import answer_head as module
 from ssiuu_fast.objectives import make_objective
@@ -234,6 +235,17 @@ def twice(model):
     return model
 
 
+def past_its_head(model):
+    """Takes the head's weight and leaves the head out."""
+
+    def changed(input_ids, attention_mask, use_cache):
+        hidden = model.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return CausalLMOutput(logits=hidden @ model.lm_head.weight.T)
+
+    model.forward = changed
+    return model
+
+
 def compiled(model):
     model.compile(backend="eager")
     return model
@@ -245,6 +257,7 @@ REASONS = {
         OTHER["granite"],
         lambda: in_place(llama()),
         lambda: twice(llama()),
+        lambda: past_its_head(llama()),
     ],
     "it can't do with less (shape '[1, 1, 48]' is invalid for input of size 1)": [lambda: of_known_width(llama())],
     "its head is a Linear": [OTHER["lora on the head"]],

@@ -1,5 +1,6 @@
 """Which backend is chosen, and what is said where one can't be."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -54,9 +55,10 @@ def test_auto_takes_the_fastest_that_fits_the_device(monkeypatch, built_with_cud
 def test_auto_takes_the_librarys_products_on_every_device(monkeypatch, built_with_cuda):
     monkeypatch.setattr(backends, "_has_triton", lambda: True)
     built_with_cuda("")
-    for device in (CPU, CUDA, MPS):
-        for double in (False, True):
-            assert backends.choose("auto", "weighted_weight_gradient", device, double=double) == "library"
+    operators = [operator for operator, kernels in backends.KERNELS.items() if "library" in kernels]
+    assert len(operators) == 3
+    for operator, device, double in itertools.product(operators, (CPU, CUDA, MPS), (False, True)):
+        assert backends.choose("auto", operator, device, double=double) == "library"
     with pytest.raises(RuntimeError, match="there is no library kernel of penalty_ yet"):
         backends.choose("library", "penalty_", CPU)
 

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from ssiuu_fast.ops import Blockwise8, neuron_attribution, neuron_penalty, penalty_, weighted_weight_gradient
+from ssiuu_fast.ops import (
+    Blockwise8,
+    both_weight_gradients,
+    neuron_attribution,
+    neuron_penalty,
+    penalized_weight_gradient,
+    penalty_,
+    weighted_weight_gradient,
+)
 
 OPERATORS = torch.ops.ssiuu_fast
 SINGLE = [torch.float32, torch.bfloat16, torch.float16]
@@ -90,12 +98,32 @@ def test_neuron_operators_are_sound(dtype, masked, strided):
 
 
 @pytest.mark.parametrize("dtype", [*SINGLE, torch.float64])
-def test_weighted_weight_gradient_is_a_sound_operator(dtype):
+def test_weight_gradients_are_sound_operators(dtype):
     hidden, gradient, _, _ = neurons(dtype, strided=True)
     weights = torch.randn(3, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     input = hidden[..., :3].requires_grad_()
     opcheck(OPERATORS.weighted_weight_gradient, (gradient, input, weights, "auto"))
     assert not OPERATORS.weighted_weight_gradient(gradient, input, weights, "auto").requires_grad
+    opcheck(OPERATORS.both_weight_gradients, (gradient, input, weights, "auto"))
+    assert not OPERATORS.both_weight_gradients(gradient, input, weights, "auto")[0].requires_grad
+
+
+def test_both_weight_gradients_in_a_graph():
+    gradient, input, weights = torch.randn(5, 3, 4), torch.randn(5, 3, 6), torch.randn(5)
+    compiled = torch.compile(both_weight_gradients, fullgraph=True, backend="aot_eager")
+    for out in (None, (torch.randn(4, 6), None)):
+        given = [copy(out) for _ in range(2)]
+        eager = both_weight_gradients(gradient, input, weights, out=given[0])
+        traced = compiled(gradient, input, weights, out=given[1])
+        for one, other in zip((*eager, *(given[0] or ())), (*traced, *(given[1] or ())), strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_penalized_weight_gradient_is_not_traced():
+    lists = torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.ones(2), torch.randn(4, 5), torch.randn(4, 5)
+    compiled = torch.compile(penalized_weight_gradient, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="can't be traced"):
+        compiled(*lists, weight=1.0)
 
 
 def test_weighted_weight_gradient_in_a_graph():

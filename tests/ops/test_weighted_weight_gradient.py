@@ -56,20 +56,23 @@ def test_added_to_out(backend, dtype, out_dtype):
         assert run(case, backend, out) is out
         assert out._version > version
         truth = before.double() + truth_of(case)
+        rounding = rounding_of(case, backend == "library", before)
         if dtype == torch.float64:
             torch.testing.assert_close(out, truth.to(out.dtype), rtol=1e-6, atol=1e-6, msg=name)
         else:
-            assert_three_way(out, before + transcribed(case), truth, name, rounding_of(case, backend == "library"))
+            assert_three_way(out, before + transcribed(case), truth, name, rounding)
 
 
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_not_rounded_to_16_bits(backend, dtype):
-    third = torch.tensor([1 / 3])
-    three = torch.full((1, 1), 3.0, dtype=dtype)
-    # 1/3 rounded to 16 bits and times 3 is no longer 1
-    assert (third.to(dtype).float() * 3).item() != 1
-    assert weighted_weight_gradient(three, torch.ones_like(three), third, backend=backend).item() == 1
+    step = torch.finfo(dtype).eps
+    weight = torch.tensor([1 + step / 2])
+    value = torch.full((1, 1), 1.5, dtype=dtype)
+    # a weight that was rounded would be 1; 1.5 · weight is nearest to the neighbour of 1.5
+    assert weight.to(dtype).item() == 1
+    result = weighted_weight_gradient(value, torch.ones_like(value), weight, backend=backend)
+    assert result.item() == 1.5 + step
 
 
 @BACKENDS
