@@ -186,6 +186,9 @@ class SharedBackward:
         """Raises _TwoPassesNeeded where a gradient on its way is changed, or too small, for this to see its parts."""
         if survey.injected:
             raise _TwoPassesNeeded("another regulariser adds to this graph's gradients")
+        if len({self._parameters[index].device for index in survey.uses}) > 1:
+            # autograd has a thread for each
+            raise _TwoPassesNeeded("the regularised parameters are on several devices")
         for index in sorted(survey.uses):
             parameter = self._parameters[index]
             if parameter._backward_hooks:
