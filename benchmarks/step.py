@@ -84,7 +84,7 @@ def arguments_of(arguments) -> argparse.Namespace:
     for kind in ("scaling", "largest", "limits"):
         kinds.add_argument(f"--{kind}", action="store_true", help="see above")
     parser.add_argument("--quick", action="store_true", help="see above; peaks then mean nothing")
-    parser.add_argument("--contestants", nargs="+", choices=NAMES, help="default: all; gd is always there")
+    parser.add_argument("--contestants", nargs="+", choices=NAMES, help="default: all; gd too, unless --no_peak")
     parser.add_argument("--size", choices=SIZES, help="default: 100m, 3b on a GPU")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32, bfloat16 on a GPU")
     parser.add_argument("--batch", type=int, help="forget rows, and as many retain rows; default: 4, 8 on a GPU")
@@ -125,8 +125,11 @@ def fill(args) -> None:
     args.length = args.length or [256 if on_gpu else 128]
     args.chosen = bool(args.contestants)
     args.contestants = args.contestants or list(NAMES[:5] if args.quick else NAMES)
-    # in the order of the table, gd first
-    args.contestants = [name for name in NAMES if name == "gd" or name in args.contestants]
+    if not (args.chosen and args.no_peak):
+        # peaks are above its
+        args.contestants = ["gd", *args.contestants]
+    # in the order of the table
+    args.contestants = [name for name in NAMES if name in args.contestants]
 
 
 def compare(cases: list[Case], names: list[str], plan: Plan, file: Path) -> None:
