@@ -1,110 +1,18 @@
-"""One backward pass for loss and target gives the numbers of two, or says why it takes two."""
+"""One backward pass for loss and target gives the numbers of two."""
 
 import copy
 import gc
 
 import pytest
 import torch
-from plain_objectives import encoded, moved, totals
+from one_pass import MODELS, ONE, Unlearning, both
 from steps import WEIGHT, assert_close, gradients
 from test_peft import lora
-from tiny import batch, exactly, log_probs_of, part, tiny_gpt2, tiny_llama, tiny_mixtral, tiny_model
+from tiny import batch, log_probs_of, tiny_gpt2, tiny_llama
 from torch import nn
 
-from ssiuu_fast import SSIUURegularizer, answer_token_counts, sequence_log_probs, shared_backward
-from ssiuu_fast.data.collate import collate
-from ssiuu_fast.objectives import make_objective
-from ssiuu_fast.objectives.objective import ForgetBatch
-from ssiuu_fast.objectives.reference import reference_log_probs
+from ssiuu_fast import SSIUURegularizer, shared_backward
 from ssiuu_fast.ops import Blockwise8
-
-ONE = "one backward"
-ROWS = 8
-MODELS = {
-    "llama": lambda dtype=torch.float64: exactly(tiny_llama(dtype)),
-    "qwen2": lambda dtype=torch.float64: exactly(tiny_model("qwen2", dtype)),
-    "gpt2": tiny_gpt2,
-}
-
-
-class Unlearning:
-    """Two steps of an objective, with two passes for each micro-batch or with one."""
-
-    def __init__(self, model, one, objective="gd", micro_batches=1, retain=True, **options):
-        self.model, self.one, self.micro_batches = model, one, micro_batches
-        self.objective = make_objective(objective)
-        self.retain = retain and self.objective.needs_retain
-        self.regularizer = SSIUURegularizer(model, **({"weight": WEIGHT} | options))
-        self.penalties, self.roads = [], []
-        self.reference = None
-        if self.objective.needs_reference:
-            _, start = moved(copy.deepcopy(model), 1.0)
-            rows = encoded(batch(ROWS, seed=1)) + encoded(batch(ROWS, seed=2))
-            self.reference = reference_log_probs(start, rows, None)
-
-    def step(self, autocast=False):
-        forget, refusals = batch(ROWS, seed=1), batch(ROWS, seed=2)
-        size = ROWS // self.micro_batches
-        for index in range(self.micro_batches):
-            chosen = list(range(index * size, (index + 1) * size if index < self.micro_batches - 1 else ROWS))
-            rows = part(forget, chosen[0], chosen[-1] + 1)
-            counts, count = answer_token_counts(rows["labels"]), len(chosen)
-            if self.objective.needs_refusals:
-                rows = collate(encoded(rows) + encoded(part(refusals, chosen[0], chosen[-1] + 1)))
-                chosen += [place + ROWS for place in chosen]
-            reference = None if self.reference is None else self.reference[chosen]
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss, log_probs = self.objective.forget_loss(
-                    self.model, ForgetBatch(rows, count, reference), totals(forget)
-                )
-            how = {"last": index == self.micro_batches - 1, "token_counts": counts}
-            if self.one:
-                penalty = self.regularizer.backward(log_probs, loss=loss, **how)
-                self.roads.append(self.regularizer.road)
-            else:
-                penalty = self.regularizer.backward(log_probs, **how)
-                loss.backward()
-        if self.retain:
-            retain = batch(ROWS, seed=3)
-            self.objective.retain_loss(self.model, retain, totals(retain)).backward()
-        if self.regularizer.relative_weight is not None:
-            self.regularizer.after_backward()
-        self.penalties.append(penalty.item())
-
-    def steps(self, count=2, **how):
-        """The gradient of the last one; between two the weights move a little."""
-        for number in range(count):
-            if number:
-                self.model.zero_grad()
-                with torch.no_grad():
-                    for parameter in self.model.parameters():
-                        if parameter.requires_grad:
-                            parameter.mul_(1.01)
-            self.step(**how)
-        return gradients(self.model)
-
-
-def both(make, bound=1e-9, count=2, roads=(ONE,), **options):
-    """Asserts that one pass gives what two give; the run with one."""
-    two, one = Unlearning(make(), False, **options), Unlearning(make(), True, **options)
-    expected, found = two.steps(count), one.steps(count)
-    assert set(one.roads) == set(roads)
-    assert one.penalties[-1] > 0
-    assert one.penalties == pytest.approx(two.penalties, rel=10 * bound)
-    _close(found, expected, bound)
-    for name, reference in two.regularizer.state_dict()["references"].items():
-        ours = one.regularizer.state_dict()["references"][name]
-        if reference.dtype == torch.float64:
-            assert (ours - reference).abs().max() <= bound * reference.abs().max(), name
-    for figure in ("negative_share", "underflows", "nonfinite", "absent"):
-        assert getattr(one.regularizer.last_step, figure) == getattr(two.regularizer.last_step, figure)
-    return one
-
-
-def _close(found, expected, bound):
-    assert [name for name in found if found[name] is None] == [name for name in expected if expected[name] is None]
-    kept = {name: gradient for name, gradient in expected.items() if gradient is not None}
-    assert_close({name: found[name] for name in kept}, kept, bound)
 
 
 @pytest.mark.parametrize(("objective", "micro_batches"), [("ga", 1), ("gd", 3), ("npo", 8), ("simnpo", 3), ("dpo", 1)])
@@ -368,169 +276,6 @@ def test_a_copied_model_is_not_watched():
     assert sum(len(module._forward_hooks) for module in model.modules()) == sum(before) - 14
 
 
-def hidden_loss(model, rows):
-    output = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"], output_hidden_states=True)
-    log_probs = sequence_log_probs(output.logits, rows["labels"])
-    return log_probs, output.hidden_states[1].square().mean()
-
-
-def own_log_probs(model, rows):
-    logits = model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits[:, :-1]
-    steps = logits.log_softmax(-1).gather(-1, rows["labels"][:, 1:, None].clamp(min=0)).squeeze(-1)
-    log_probs = steps.masked_fill(rows["labels"][:, 1:] == -100, 0.0).sum(1)
-    return log_probs, log_probs.sum()
-
-
-def part_of_the_loss(model, rows):
-    log_probs = log_probs_of(model, rows)
-    return log_probs, log_probs[1:].sum()
-
-
-def also_elsewhere(model, rows):
-    log_probs = log_probs_of(model, rows)
-    return log_probs, log_probs.sum() + log_probs_of(model, batch(seed=9)).sum()
-
-
-def weight_decay(model, rows):
-    log_probs = log_probs_of(model, rows)
-    return log_probs, log_probs.sum() + model.model.layers[0].mlp.down_proj.weight.square().sum()
-
-
-REASONS = {
-    "the loss depends on the model by other ways": hidden_loss,
-    "come from 0 calls of sequence_log_probs": own_log_probs,
-    "row 0 has a part in the target and none in the loss": part_of_the_loss,
-    "the loss depends on the model by other ways than": also_elsewhere,
-    "the loss depends on the model by other ways than log_probs": weight_decay,
-}
-
-
-@pytest.mark.parametrize("reason", REASONS)
-def test_what_one_pass_cannot_do_takes_two(reason, caplog):
-    found = []
-    for one in (False, True):
-        model = MODELS["llama"]()
-        regularizer = SSIUURegularizer(model, weight=WEIGHT)
-        for seed in range(2):
-            model.zero_grad()
-            log_probs, loss = REASONS[reason](model, batch(seed=seed))
-            if one:
-                with caplog.at_level("INFO"):
-                    regularizer.backward(log_probs, loss=loss)
-            else:
-                regularizer.backward(log_probs)
-                loss.backward()
-        found.append(gradients(model))
-    assert regularizer.road.startswith("two backwards: ")
-    assert reason.strip() in regularizer.road
-    # once
-    assert sum(reason.strip() in message for message in caplog.messages) == 1
-    _close(found[1], found[0], 0.0)
-
-
-def masked_gradient(model, rows):
-    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient.tril())
-    log_probs = log_probs_of(model, rows)
-    return log_probs, (log_probs * torch.arange(1, 6)).sum()
-
-
-def hooked_output(model, rows):
-    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(
-        lambda module, inputs, output: output * 2, prepend=True
-    )
-    log_probs = log_probs_of(model, rows)
-    handle.remove()
-    return log_probs, (log_probs * torch.arange(1, 6)).sum()
-
-
-def another_weight(model, rows):
-    """The weight reaches its module by another way than its own."""
-    name = "model.layers.0.mlp.up_proj.weight"
-    halved = {name: model.get_parameter(name) * 0.5}
-    output = torch.func.functional_call(model, halved, (), {k: rows[k] for k in ("input_ids", "attention_mask")})
-    log_probs = sequence_log_probs(output.logits, rows["labels"])
-    return log_probs, (log_probs * torch.arange(1, 6)).sum()
-
-
-def sorted_rows(model, rows):
-    order = torch.tensor([3, 1, 4, 0, 2])
-    logits = model(input_ids=rows["input_ids"][order], attention_mask=rows["attention_mask"][order]).logits
-    log_probs = sequence_log_probs(logits[order.argsort()], rows["labels"])
-    return log_probs, (log_probs * torch.arange(1, 6)).sum()
-
-
-def faint(model, rows):
-    log_probs = log_probs_of(model, rows)
-    return log_probs, 1e-33 * (log_probs * torch.arange(1, 6)).sum()
-
-
-REASONS |= {
-    "a hook on model.layers.0.mlp.up_proj.weight may change its gradient": masked_gradient,
-    "up_proj.weight is not, or not only": hooked_output,
-    "the same of 0 others": another_weight,
-    "the model's output was put in another order (IndexBackward0)": sorted_rows,
-    "row 0 has a part in the target and none in the loss ": faint,
-}
-
-
-def stacked(model):
-    return SSIUURegularizer(model, weight=1.0, parameters=["*experts*", "*q_proj.weight"])
-
-
-MODEL_REASONS = {
-    "was given parameters": (
-        lambda: tiny_llama(torch.float32),
-        lambda model: SSIUURegularizer(model.named_parameters(), weight=1.0),
-    ),
-    "mlp.experts.gate_up_proj is not, or not only": (tiny_mixtral, stacked),
-    "of neurons are needed": (
-        lambda: tiny_llama(torch.float32),
-        lambda model: SSIUURegularizer(model, weight=1.0, granularity="neuron"),
-    ),
-}
-
-
-@pytest.mark.parametrize("reason", MODEL_REASONS)
-@pytest.mark.filterwarnings("ignore")
-def test_models_that_take_two_passes(reason):
-    make, regularize = MODEL_REASONS[reason]
-    found = []
-    for one in (False, True):
-        model = make()
-        regularizer = regularize(model)
-        for seed in range(2):
-            model.zero_grad()
-            log_probs = log_probs_of(model, batch(seed=seed))
-            loss = (log_probs * torch.arange(1, 6)).sum()
-            if one:
-                regularizer.backward(log_probs, loss=loss)
-            else:
-                regularizer.backward(log_probs)
-                loss.backward()
-        found.append(gradients(model))
-    assert reason in regularizer.road
-    _close(found[1], found[0], 0.0)
-
-
-def test_flattened_inputs_take_two_passes():
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList([nn.Linear(6, 6, bias=False)])
-            self.embed, self.head = nn.Embedding(48, 6), nn.Linear(6, 48)
-
-        def forward(self, ids):
-            hidden = self.embed(ids)
-            return self.head(self.layers[0](hidden.flatten(0, 1)).view_as(hidden).tanh())
-
-    model = Flat()
-    regularizer = SSIUURegularizer(model, weight=1.0)
-    rows = batch()
-    log_probs = sequence_log_probs(model(rows["input_ids"]), rows["labels"])
-    regularizer.backward(log_probs, loss=log_probs.sum())
-    assert "layers.0 was given [45, 6], and the log-probs are of [5, 9]" in regularizer.road
-
-
 def test_an_error_in_the_loss_leaves_no_hook():
     model = MODELS["llama"]()
     regularizer = SSIUURegularizer(model, weight=WEIGHT)
@@ -555,29 +300,6 @@ def test_an_error_in_the_loss_leaves_no_hook():
     expected.zero_grad()
     log_probs_of(expected, batch()).sum().backward()
     assert_close(gradients(model), gradients(expected), 0.0)
-
-
-def test_two_regularisers_share_a_loss():
-    """What one adds to the gradients on their way is no part of the other's target."""
-    found = []
-    for one in (False, True):
-        model = MODELS["llama"]()
-        neurons = SSIUURegularizer(model, weight=WEIGHT, granularity="neuron")
-        parameters = SSIUURegularizer(model, weight=WEIGHT)
-        for seed in range(2):
-            model.zero_grad()
-            log_probs = log_probs_of(model, batch(seed=seed))
-            loss = log_probs.sum() / 9
-            neurons.backward(log_probs)
-            if one:
-                parameters.backward(log_probs, loss=loss)
-                # the first batch of neurons is compared with itself
-                assert seed == 0 or "another regulariser" in parameters.road
-            else:
-                parameters.backward(log_probs)
-                loss.backward()
-        found.append(gradients(model))
-    assert_close(found[1], found[0], 1e-12)
 
 
 def test_a_hook_on_an_output_is_part_of_the_model():
