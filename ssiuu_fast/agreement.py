@@ -25,9 +25,9 @@ class Agreement:
         self._numbers = numbers
         self._due = due
 
-    def sums(self, numbers: Sequence[int] | None = None) -> list[int]:
-        """The sum of each number over the ranks, zeros where none are given. Raises what another rank failed with."""
-        return self._exchange(numbers or [0] * self._numbers, None)
+    def sums(self, numbers: Sequence[int] = ()) -> list[int]:
+        """The sum of each number over the ranks, zeros for those not given. Raises what another rank failed with."""
+        return self._exchange(numbers, None)
 
     def pass_by(self, last: bool) -> None:
         """After a micro-batch that needs no sums: raises what another rank failed with, if that is due."""
@@ -42,7 +42,7 @@ class Agreement:
         except (_ElsewhereError, _UntoldError) as held:
             raise held.error from None
         except Exception as error:
-            self._exchange([0] * self._numbers, error)
+            self._exchange((), error)
             raise
 
     @contextmanager
@@ -54,8 +54,9 @@ class Agreement:
             raise _UntoldError(error) from error
 
     def _exchange(self, numbers: Sequence[int], error: Exception | None) -> list[int]:
+        numbers = [*numbers, *[0] * (self._numbers - len(numbers))]
         if self.ranks.size == 1:
-            return list(numbers)
+            return numbers
         told = torch.tensor([int(error is not None), *numbers], dtype=torch.int64, device=self.ranks.numbers_device)
         failed, *sums = self.ranks.sum_(told).tolist()
         if failed:

@@ -294,13 +294,17 @@ def _has_node(tensor: Tensor, name: str) -> bool:
     return any(node.name() == name for node in nodes([tensor.grad_fn]))
 
 
-def nodes(start: Iterable, stop=None) -> Iterator:
-    """Every node of the graph that is reached from these, what was reached last first, and not by way of `stop`."""
-    seen, waiting = {stop, None}, list(start)
+def nodes(start: Iterable, ends: Callable[[object], bool] = lambda node: False) -> Iterator:
+    """Every node of the graph that is reached from these, what was reached last first.
+
+    ends: whether none is to be reached by way of a node.
+    """
+    seen, waiting = {None}, list(start)
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         yield node
         seen.add(node)
-        waiting += [following for following, _ in node.next_functions]
+        if not ends(node):
+            waiting += [following for following, _ in node.next_functions]

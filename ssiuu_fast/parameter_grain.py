@@ -23,11 +23,11 @@ from ssiuu_fast.references import (
     refuse_state_dtype,
     required,
 )
-from ssiuu_fast.replicated import Gradients, Replicated
+from ssiuu_fast.replicated import Replicated
 from ssiuu_fast.selection import NamedParameters, select_parameters
 from ssiuu_fast.shards import local_part, sharded_modules
 from ssiuu_fast.shared_backward import Plan, SharedBackward
-from ssiuu_fast.step import MicroBatch
+from ssiuu_fast.step import Gradients, MicroBatch
 from ssiuu_fast.warn import warn_user
 
 if TYPE_CHECKING:
@@ -72,15 +72,12 @@ class ParameterGrain:
         self._state_dtype = state_dtype
         self._kept_as = HostReferences if offload else References
         self._backend = backend
+        self.names = list(self._parameters)
         self.elements = sum(parameter.numel() for parameter in self._parameters.values())
         self._references: References | None = None
         self._change = ChangeWatch()
         self._obstacle = _obstacle(model, self._engine)
         self._one_pass = None if self._obstacle else SharedBackward(model, self._parameters)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._parameters)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -116,8 +113,7 @@ class ParameterGrain:
             plan = Plan(self._obstacle)
         else:
             plan = self._one_pass.plan(batch.target, batch.loss, scale)
-        if self._engine.any_refuses_one_pass(batch, bool(plan.reason)):
-            plan.reason = plan.reason or "another rank needs two"
+        self._engine.agree(batch, plan)
         return plan
 
     def step_gradients(self, batch: MicroBatch, scale: float) -> tuple[Gradients, int]:
@@ -149,7 +145,7 @@ class ParameterGrain:
 
     def add_to_grad(self, over: PenaltyPass, gradients: dict[str, Tensor]) -> None:
         """Adds the penalty's gradient to what `.grad` holds; g is overwritten."""
-        held = {name: self._parameters[name].grad for name in gradients}
+        held = {name: _dense_grad(self._parameters[name]) for name in gradients}
         over.add(gradients, [None if grad is None else local_part(grad) for grad in held.values()])
         for name, gradient in gradients.items():
             if over.adds and held[name] is None:
@@ -214,6 +210,13 @@ class ParameterGrain:
         return dict(zip(self.names, self._engine.local(), strict=True))
 
 
+def _dense_grad(parameter: nn.Parameter) -> Tensor | None:
+    """Its `.grad`, which becomes dense: a sparse embedding's isn't, and can't take a penalty on every row."""
+    if parameter.grad is not None and parameter.grad.layout != torch.strided:
+        parameter.grad = parameter.grad.to_dense()
+    return parameter.grad
+
+
 def _engine(
     model_or_named_parameters, patterns: Iterable[str] | None, process_group
 ) -> tuple[nn.Module | None, NamedParameters, "Replicated | Sharded"]:
@@ -237,7 +240,7 @@ def _engine(
         "tensor parallel is not supported. Where it comes from fully_shard, give the model and not its parameters",
     )
     engines.refuse_steps_in_backward(selected.items())
-    return model, selected, Replicated(list(selected.values()), process_group, ddp)
+    return model, selected, Replicated(model, list(selected.values()), process_group, ddp)
 
 
 def _obstacle(model: nn.Module | None, engine) -> str:

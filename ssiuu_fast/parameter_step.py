@@ -1,19 +1,45 @@
 """One regularised step at the grain of parameters: g over its micro-batches, then the penalty."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssiuu_fast.penalty_pass import PenaltyPass
-from ssiuu_fast.replicated import Gradients
+from ssiuu_fast.ranks import RunningSums
 from ssiuu_fast.shared_backward import Plan
-from ssiuu_fast.step import MicroBatch, StepResult, summed
+from ssiuu_fast.step import Gradients, MicroBatch, StepResult, summed
+
+# of the bytes of all regularised parameters
+HELD_SHARE = 0.02
+
+
+class HeldGradients:
+    """g of a few parameters, by index, because a call costs the host as much as the pass over a small tensor takes."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]):
+        self._most = HELD_SHARE * sum(parameter.nbytes for parameter in parameters)
+        self._held: dict[int, Tensor] = {}
+
+    def add(self, index: int, g: Tensor | None) -> dict[int, Tensor]:
+        """Those that came before, where this one would be over HELD_SHARE; they are then let go of."""
+        if g is None:
+            return {}
+        size = sum(other.nbytes for other in self._held.values())
+        before = self.let_go() if size + g.nbytes > self._most else {}
+        self._held[index] = g
+        return before
+
+    def let_go(self) -> dict[int, Tensor]:
+        held, self._held = self._held, {}
+        return held
 
 
 class ParameterStep:
     """Sums g over the micro-batches of a step; the penalty is formed when it is whole.
 
-    With the last loss sent back in the same pass, in one process, that is parameter by parameter, as the gradients
-    come. grain: the ParameterGrain that begins the step.
+    With the last loss sent back in the same pass, in one process, that is a few parameters at a time, as the gradients
+    come; of several ranks, the sums over them begin then. grain: the ParameterGrain that begins the step.
     """
 
     def __init__(self, grain, scale: float, weight: float | None):
@@ -26,11 +52,14 @@ class ParameterStep:
         self._gradients: Gradients = [None] * len(grain.names)
         # parameters in the graph of some micro-batch
         self._present: set[int] = set()
-        # of these an own gradient may be written over
-        self._covered: set[int] = set()
         self._samples = 0
         self._underflows: list[Tensor] = []
         self._pass: PenaltyPass | None = None
+        self._parameters = grain.parameters
+        self._held = HeldGradients(self._parameters)
+        # over the ranks, begun while the last loss was sent back
+        self._running_sums: RunningSums | None = None
+        self._summed: dict[int, Tensor] = {}
 
     def add(self, batch: MicroBatch) -> bool:
         """Takes up a micro-batch. Whether its loss was sent back on the way."""
@@ -58,13 +87,11 @@ class ParameterStep:
     def finish(self) -> StepResult:
         names = self._grain.names
         if self._pass is None:
-            self._gradients, self._samples, self._present = self._grain.engine.complete(
-                self._gradients, self._samples, self._present
-            )
+            self._complete()
             self._begin_pass({index for index, gradient in enumerate(self._gradients) if gradient is not None})
         # all; or what the last micro-batch had no part in
-        rest = {names[index]: gradient for index, gradient in enumerate(self._gradients) if gradient is not None}
-        self._grain.add_to_grad(self._pass, rest)
+        rest = {index: gradient for index, gradient in enumerate(self._gradients) if gradient is not None}
+        self._add_penalty(self._held.let_go() | rest)
         self._grain.end_pass(self._pass)
         sums, seen, counts, change = self._pass.close()
         whole = StepResult(
@@ -83,24 +110,42 @@ class ParameterStep:
     def _add_in_one_pass(self, batch: MicroBatch, plan: Plan) -> None:
         self._samples += batch.samples
         self._present |= plan.present
-        add = None
+        visit = None
         # before that, and before it is summed over ranks, g isn't whole
-        if batch.last and self._grain.agreement.ranks.size == 1:
+        if batch.last and self._grain.engine.keeps_grad:
             summed_before = {index for index, gradient in enumerate(self._gradients) if gradient is not None}
             self._begin_pass(summed_before | plan.present if plan.kept else summed_before)
-            self._covered = plan.covered
-            add = self._add_penalty
+            visit = self._hold
+        elif plan.sums_on_the_way:
+            self._running_sums = RunningSums(self._grain.agreement.ranks)
+            visit = self._sum_over_ranks
         with self._grain.agreement.untold():
-            self._grain.one_pass.run(plan, batch.loss, self._gradients, add)
+            self._grain.one_pass.run(plan, batch.loss, self._gradients, visit)
 
     def _begin_pass(self, whole: set[int]) -> None:
         """whole: the parameters of which g is, or will be, known."""
         self._pass = self._grain.begin_pass(self._samples, self.scale, self._weight)
         self._pass.expect([self._grain.names[index] for index in sorted(whole)])
 
-    def _add_penalty(self, index: int, g: Tensor, gradient: Tensor) -> Tensor:
-        """The loss's gradient with the penalty's; in place, where it comes from a linear module's own backward."""
-        if index not in self._covered or not gradient.is_contiguous():
-            gradient = gradient.clone(memory_format=torch.contiguous_format)
-        self._pass.add({self._grain.names[index]: g}, [gradient])
-        return gradient
+    def _add_penalty(self, gradients: dict[int, Tensor]) -> None:
+        """To the `.grad` of these parameters, which have their loss's."""
+        self._grain.add_to_grad(self._pass, {self._grain.names[index]: g for index, g in gradients.items()})
+
+    def _hold(self, index: int, g: Tensor | None) -> None:
+        self._add_penalty(self._held.add(index, g))
+
+    def _sum_over_ranks(self, index: int, g: Tensor | None) -> None:
+        # another rank may have one
+        g = torch.zeros_like(self._parameters[index], requires_grad=False) if g is None else g
+        self._running_sums.add(g)
+        self._summed[index] = g
+
+    def _complete(self) -> None:
+        """Everything over the ranks."""
+        if self._running_sums is not None:
+            self._running_sums.finish()
+        self._gradients, self._samples, self._present = self._grain.engine.complete(
+            self._gradients, self._samples, self._present
+        )
+        for index, g in self._summed.items():
+            self._gradients[index] = g

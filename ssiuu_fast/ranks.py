@@ -1,5 +1,6 @@
 """The processes that share a training step, and sums over them."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,8 @@ from torch import Tensor
 
 # small tensors are sent together, this many bytes at most at a time
 BUCKET = 32 * 2**20
+# sums that may be under way at once, each with a buffer of small tensors at most
+UNDER_WAY = 4
 
 
 class Ranks:
@@ -44,29 +47,11 @@ class Ranks:
         return tensor
 
     def sum_all_(self, tensors: Sequence[Tensor]) -> None:
-        """Every tensor becomes its sum over all ranks. Contiguous, and of the same shapes and dtypes everywhere.
-
-        Small ones travel together in a buffer of BUCKET bytes, large ones by themselves and in place.
-        """
-        if self.size == 1:
-            return
-        buckets: dict[tuple, list[Tensor]] = {}
+        """Every tensor becomes its sum over all ranks. Contiguous, and of the same shapes and dtypes everywhere."""
+        sums = RunningSums(self)
         for tensor in tensors:
-            if tensor.nbytes >= BUCKET:
-                self.sum_(tensor)
-                continue
-            bucket = buckets.setdefault((tensor.dtype, tensor.device), [])
-            if sum(other.nbytes for other in bucket) + tensor.nbytes > BUCKET:
-                self._sum_together_(bucket)
-                bucket.clear()
-            bucket.append(tensor)
-        for bucket in buckets.values():
-            self._sum_together_(bucket)
-
-    def _sum_together_(self, tensors: Sequence[Tensor]) -> None:
-        flat = self.sum_(torch.cat([tensor.view(-1) for tensor in tensors]))
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.copy_(part.view_as(tensor))
+            sums.add(tensor)
+        sums.finish()
 
     def concatenated(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks behind each other, in rank order; they have one shape."""
@@ -119,3 +104,55 @@ class Ranks:
         if self.size == 1:
             return condition
         return bool(self.sum_(torch.tensor(int(condition), device=device)).item())
+
+
+class RunningSums:
+    """Sums of tensors over all ranks, which run while the caller goes on.
+
+    Small ones travel together in a buffer of BUCKET bytes, large ones by themselves and in place. Tensors come in the
+    same order on every rank, and so does whatever else the ranks sum meanwhile.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._ranks = ranks
+        # by dtype and device, until they fill a buffer; and their bytes
+        self._small: dict[tuple, list[Tensor]] = {}
+        self._bytes: Counter = Counter()
+        self._under_way: list[tuple[dist.Work, Tensor, list[Tensor]]] = []
+
+    def add(self, tensor: Tensor) -> None:
+        """A contiguous tensor of the same shape and dtype everywhere, to be left alone until `finish`."""
+        if self._ranks.size == 1:
+            return
+        if tensor.nbytes >= BUCKET:
+            self._start(tensor, [])
+            return
+        kind = (tensor.dtype, tensor.device)
+        if self._bytes[kind] + tensor.nbytes > BUCKET:
+            self._start_together(self._small.pop(kind))
+            self._bytes[kind] = 0
+        self._small.setdefault(kind, []).append(tensor)
+        self._bytes[kind] += tensor.nbytes
+
+    def finish(self) -> None:
+        """Every tensor is its sum: for the device's next work, where that isn't the CPU."""
+        for bucket in self._small.values():
+            self._start_together(bucket)
+        self._small, self._bytes = {}, Counter()
+        while self._under_way:
+            self._end_first()
+
+    def _start_together(self, tensors: list[Tensor]) -> None:
+        self._start(torch.cat([tensor.view(-1) for tensor in tensors]), tensors)
+
+    def _start(self, sent: Tensor, parts: list[Tensor]) -> None:
+        if len(self._under_way) == UNDER_WAY:
+            self._end_first()
+        self._under_way.append((dist.all_reduce(sent, group=self._ranks.group, async_op=True), sent, parts))
+
+    def _end_first(self) -> None:
+        work, sent, parts = self._under_way.pop(0)
+        work.wait()
+        if parts:
+            for tensor, part in zip(parts, sent.split([tensor.numel() for tensor in parts]), strict=True):
+                tensor.copy_(part.view_as(tensor))

@@ -81,8 +81,10 @@ class SSIUURegularizer:
     all ranks' samples, and the penalty added is equal on every rank (under FSDP2 on its shards): the mean over ranks
     that both make of the loss's gradient leaves it as it is. A plain model works too, where the loop averages `.grad`
     over the ranks; were it to sum, the penalty would count once a rank. Every rank calls `backward` in every step, with
-    one sample at least; an error of one is raised on all before anything is changed. Under FSDP2 gradient sync stays on
-    and every rank has as many micro-batches. `last_step`, λ and R are those of all ranks, the same on each.
+    one sample at least; an error of one is raised on all before anything is changed. In one backward pass with the loss
+    the sums of g run beside it, where all ranks come to their parameters in the same order and DDP has no hook of its
+    own for communication; else after it. Under FSDP2 gradient sync stays on and every rank has as many micro-batches.
+    `last_step`, λ and R are those of all ranks, the same on each.
 
     Neurons in several processes: attributions of the batch are summed over the ranks, those of a sample are known to
     all, so that it may come to any rank. Each rank's loss carries its own part of the penalty, times what the loop
@@ -186,7 +188,8 @@ class SSIUURegularizer:
             parameters by way of one `sequence_log_probs` only, of which log_probs may be some rows: forget and retain
             rows may share a forward pass. Samples must not mix, and modules be given [samples, tokens, features] in the
             order of the log-probs, as models of transformers do. Hooks inside the model that change gradients in
-            another way than by a factor (clipping them, say) aren't seen: send the loss back yourself.
+            another way than by a factor (clipping them, say), and GPU streams of its modules' own, aren't seen: send
+            the loss back yourself.
 
         Returns R of the whole batch, a scalar; 0 where last is False and in steps that `every` leaves out. Raises
         ValueError for an empty batch or log-probs that aren't numbers (on a GPU, which isn't waited for, those show as
@@ -350,7 +353,7 @@ class SSIUURegularizer:
     @property
     def parameter_names(self) -> list[str]:
         """Names of the regularised parameters; for neurons, of all that require grad: the penalty may reach them."""
-        return self._grain.names
+        return list(self._grain.names)
 
     @property
     def regularized_parameters(self) -> list[nn.Parameter]:

@@ -7,10 +7,13 @@ from torch import Tensor, nn
 
 from ssiuu_fast import engines
 from ssiuu_fast.agreement import Agreement
+from ssiuu_fast.graph_order import leaf_order
 from ssiuu_fast.ranks import Ranks
-from ssiuu_fast.step import MicroBatch
+from ssiuu_fast.shared_backward import Plan
+from ssiuu_fast.step import Gradients, MicroBatch
 
-Gradients = list[Tensor | None]
+# numbers that `agree` asks for
+_ASKED = 7
 
 
 class Replicated:
@@ -20,15 +23,23 @@ class Replicated:
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], process_group, ddp: nn.parallel.DistributedDataParallel | None = None
+        self,
+        model: nn.Module | None,
+        parameters: list[nn.Parameter],
+        process_group,
+        ddp: nn.parallel.DistributedDataParallel | None = None,
     ):
+        self._model = model
         self._parameters = parameters
         self._ddp = ddp
         # the ranks whose samples are one batch, and those over which the elements of a parameter are spread
         self.ranks = Ranks(ddp.process_group if process_group is None and ddp is not None else process_group)
         self.shards = Ranks.alone()
-        # the number of samples, who has a gradient of which parameter, and who has it in its graph
-        self.agreement = Agreement(self.ranks, 1 + 2 * len(parameters), self._ranks_meet)
+        # whether what is added to a `.grad` during the loss's backward pass stays there. At its end DDP copies over it,
+        # which a plain model may come to be in
+        self.keeps_grad = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        # the number of samples, who has a gradient of which parameter and who has it in its graph; or what `agree` asks
+        self.agreement = Agreement(self.ranks, max(_ASKED, 1 + 2 * len(parameters)), self._ranks_meet)
 
     def local(self) -> list[Tensor]:
         """What of each parameter lies on this rank: all."""
@@ -45,11 +56,32 @@ class Replicated:
             self.agreement.pass_by(batch.last)
         return gradients, batch.samples
 
-    def any_refuses_one_pass(self, batch: MicroBatch, refuses: bool) -> bool:
-        """Whether some rank can't have g from the loss's own pass, where the ranks meet in that."""
+    def agree(self, batch: MicroBatch, plan: Plan) -> None:
+        """Makes the plan that of all ranks, where they meet in this micro-batch's backward pass.
+
+        One that needs two passes makes all take two. Where all come to their parameters in the same order, what they
+        sum on the way meets its like, and nothing that DDP sums.
+        """
         if self.ranks.size == 1 or not self._ranks_meet(batch.last):
-            return refuses
-        return bool(self.agreement.sums([int(refuses)] + [0] * (2 * len(self._parameters)))[0])
+            return
+        order = None
+        if not plan.reason and batch.last and self._sums_by_nodes():
+            order = leaf_order(batch.loss, list(self._model.parameters()))
+        halves = (0, 0) if order is None else (order >> 24, order & 0xFFFFFF)
+        numbers = bool(plan.reason), bool(plan.kept), order is None, *halves, *(half**2 for half in halves)
+        refusing, keeping, unknown, *sums = self.agreement.sums(list(map(int, numbers)))[:_ASKED]
+        if refusing:
+            plan.reason = plan.reason or "another rank needs two"
+            return
+        # Σ x² · ranks = (Σ x)² where x is the same on all ranks, and only there
+        alike = all(square * self.ranks.size == total**2 for total, square in zip(sums[:2], sums[2:], strict=True))
+        plan.sums_on_the_way = keeping > 0 and not unknown and alike
+
+    def _sums_by_nodes(self) -> bool:
+        """Whether all that is summed over ranks in a backward pass is known, and begun by its nodes."""
+        # a hook of DDP for communication may begin a sum when another has ended; and a plain model's loop may do
+        # anything
+        return self._ddp is not None and not self._ddp._comm_hooks
 
     def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
         """All over the ranks, once a step; None for parameters of which no rank has a gradient.
@@ -60,7 +92,8 @@ class Replicated:
             return gradients, samples, present
         count = len(self._parameters)
         mine = [int(gradient is not None) for gradient in gradients]
-        samples, *users = self.agreement.sums([samples, *mine, *(int(index in present) for index in range(count))])
+        in_graph = [int(index in present) for index in range(count)]
+        samples, *users = self.agreement.sums([samples, *mine, *in_graph])[: 1 + 2 * count]
         whole = [
             torch.zeros_like(parameter, requires_grad=False) if used and gradient is None else gradient
             for gradient, parameter, used in zip(gradients, self._parameters, users[:count], strict=True)
@@ -75,7 +108,7 @@ class Replicated:
 
     def complete_pass(self, sums: list[Tensor], samples: int) -> int:
         """Sums over the ranks what was summed over a pass, in place; the number of samples of all."""
-        samples, *_ = self.agreement.sums([samples] + [0] * (2 * len(self._parameters)))
+        samples = self.agreement.sums([samples])[0]
         self.ranks.sum_all_(sums)
         return samples
 

@@ -12,10 +12,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from ssiuu_fast import engines
 from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.ranks import Ranks
-from ssiuu_fast.replicated import Gradients
 from ssiuu_fast.selection import NamedParameters
 from ssiuu_fast.shards import from_local_part, is_sharded, local_part, sharded_modules
-from ssiuu_fast.step import MicroBatch
+from ssiuu_fast.shared_backward import Plan
+from ssiuu_fast.step import Gradients, MicroBatch
 
 # FSDP2's private parts, and where they were seen to be what they are taken for
 _TESTED = "2.13"
@@ -57,9 +57,8 @@ class Sharded:
         """Shards of scale · ∂T/∂φ over all ranks' samples and their number; None outside of their graphs."""
         return self._gradients(batch, scale, retain_graph=True)
 
-    def any_refuses_one_pass(self, batch: MicroBatch, refuses: bool) -> bool:
-        """All do: FSDP2 needs two passes."""
-        return True
+    def agree(self, batch: MicroBatch, plan: Plan) -> None:
+        """All plans are for two passes."""
 
     def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
         """They were summed on the way."""

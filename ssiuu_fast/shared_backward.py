@@ -20,8 +20,8 @@ from ssiuu_fast import engines
 from ssiuu_fast.linear_calls import LinearCall, LinearCalls, can_be_noted
 from ssiuu_fast.ops.sequence_log_probs import ROW_FUNCTIONS
 from ssiuu_fast.ops.weighted_weight_gradient import weighted_weight_gradient
-from ssiuu_fast.replicated import Gradients
 from ssiuu_fast.selection import NamedParameters
+from ssiuu_fast.step import Gradients
 from ssiuu_fast.taps import has_injection
 
 # rows with |T'_s| under this are skipped: in fp32 T' has lost digits below it, and is soon 0. Not sooner: λ has no
@@ -39,7 +39,7 @@ _ALIASES = ("TBackward0", "TransposeBackward0", "ToCopyBackward0")
 _REORDERING = ("Index", "Gather", "Flip", "Roll", "Cat", "Transpose", "Permute")
 _IN_PLACE = ("Slice", "Alias", "View", "UnsafeView", "ToCopy", "Clone", "Unsqueeze", "Squeeze", *_REORDERING)
 
-Visit = Callable[[int, Tensor, Tensor], Tensor | None]
+Visit = Callable[[int, Tensor | None], None]
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Plan:
     reason: why it takes two passes; empty where one is enough. present: the regularised parameters in the graph, by
     index. covered: those of which nothing but noted calls makes use. rows: how many samples the graph has; kept: which
     of them have a part in g. factor: r, where it is the same for all rows; else weights: [rows] r on the device. calls:
-    of the modules whose products are needed.
+    of the modules whose products are then needed. sums_on_the_way: whether g is summed over the ranks meanwhile.
     """
 
     reason: str = ""
@@ -60,6 +60,7 @@ class Plan:
     factor: float | None = None
     weights: Tensor | None = None
     calls: list[LinearCall] = field(default_factory=list)
+    sums_on_the_way: bool = False
 
     @property
     def road(self) -> str:
@@ -122,8 +123,8 @@ class SharedBackward:
     def run(self, plan: Plan, loss: Tensor, gradients: Gradients, visit: Visit | None = None) -> None:
         """Sends the loss back; adds this micro-batch's part to gradients (overwritten in place).
 
-        visit(index, g, gradient): called as soon as g of a parameter is whole and the loss's gradient is about to be
-        added to its `.grad`; what it returns is added in place of that. g is then let go of.
+        visit(index, g): called for every parameter that is present as soon as its g is whole, None where no micro-batch
+        gave it any. The loss's gradient will have come to its `.grad` by the next call. g is then let go of.
         """
         sent = _Pass(plan, self._parameters, self._indices, gradients, visit)
         handles = [
@@ -150,33 +151,34 @@ class SharedBackward:
 
     def _reached(self, top: Tensor, node) -> bool:
         """Whether a regularised parameter is reached from here by a way that isn't through the node."""
-        return any(
-            id(getattr(other, "variable", None)) in self._indices for other in engines.nodes([top.grad_fn], stop=node)
-        )
+        between = engines.nodes([top.grad_fn], ends=lambda other: other is node)
+        return any(id(getattr(other, "variable", None)) in self._indices for other in between)
 
     def _survey(self, node) -> "_Survey":
         survey = _Survey()
         # a weight's alias stands for the weight
         stands_for: dict = {}
-        edges = []
+        edges, aliases = [], []
         for other in engines.nodes([node]):
             leaf = getattr(other, "variable", None)
             if leaf is not None:
                 if id(leaf) in self._indices:
                     stands_for[other] = self._indices[id(leaf)]
                 continue
-            edges += [(other, following) for following, _ in other.next_functions if following is not None]
+            edges.append((other, [following for following, _ in other.next_functions]))
+            if other.name() in _ALIASES:
+                aliases.append((other, edges[-1][1][0]))
             survey.injected = survey.injected or has_injection(other)
             survey.calls += self._calls.of_node(other)
-        aliases = [(other, following) for other, following in edges if other.name() in _ALIASES]
         known = -1
         while known != len(stands_for):
             # an alias of an alias
             known = len(stands_for)
             stands_for |= {other: stands_for[following] for other, following in aliases if following in stands_for}
-        for other, following in edges:
-            if following in stands_for and other not in stands_for:
-                survey.uses[stands_for[following]] += 1
+        for other, ends in edges:
+            for following in ends:
+                if following in stands_for and other not in stands_for:
+                    survey.uses[stands_for[following]] += 1
         for call in survey.calls:
             for parameter in call.parameters.values():
                 survey.calls_of[self._indices[id(parameter)]] += 1
@@ -191,7 +193,7 @@ class SharedBackward:
             raise _TwoPassesNeeded("the regularised parameters are on several devices")
         for index in sorted(survey.uses):
             parameter = self._parameters[index]
-            if parameter._backward_hooks:
+            if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
                 raise _TwoPassesNeeded(f"a hook on {self._names[index]} may change its gradient")
             if parameter.dtype == torch.float16:
                 raise _TwoPassesNeeded(f"{self._names[index]} is float16, whose range is too small to weigh rows")
@@ -259,19 +261,26 @@ class _Pass:
         if "bias" in call.parameters:
             self._add(self._indices[id(call.parameters["bias"])], partial(self._bias, gradient))
 
-    def at_parameter(self, index: int, gradient: Tensor) -> Tensor | None:
-        """With the loss's gradient of a parameter, over all its uses; what is returned takes its place."""
-        if self._plan.factor is not None:
-            if gradient.layout != torch.strided:
-                gradient = gradient.to_dense()
+    def at_parameter(self, index: int, gradient: Tensor | None) -> Tensor | None:
+        """With the loss's gradient of a parameter, over all its uses; None where a node gave none.
+
+        What is returned takes its place on the way to `.grad`.
+        """
+        dense = gradient
+        if gradient is not None and gradient.layout != torch.strided:
+            dense = gradient.to_dense()
+        if gradient is not None and self._plan.factor is not None:
             if self._gradients[index] is None:
-                self._gradients[index] = gradient.mul(self._plan.factor).contiguous()
+                self._gradients[index] = dense.mul(self._plan.factor).contiguous()
             else:
-                self._gradients[index].add_(gradient, alpha=self._plan.factor)
-        if self._visit is None or self._gradients[index] is None:
-            return None
-        whole, self._gradients[index] = self._gradients[index], None
-        return self._visit(index, whole, gradient)
+                self._gradients[index].add_(dense, alpha=self._plan.factor)
+        if self._visit is not None:
+            whole, self._gradients[index] = self._gradients[index], None
+            self._visit(index, whole)
+        if dense is gradient and gradient is not None and index not in self._plan.covered:
+            # autograd may have handed parts of one tensor to several, and `.grad` is written to
+            return gradient.clone(memory_format=torch.contiguous_format)
+        return None
 
     def _add(self, index: int, product: Callable[..., Tensor]) -> None:
         parameter = self._parameters[index]
@@ -318,7 +327,9 @@ def _row_node(target: Tensor):
     Raises _TwoPassesNeeded where there is not one, or what it was given is not in the order of the model's batch.
     """
     classes = tuple(function._backward_cls for function in ROW_FUNCTIONS)
-    found = [node for node in engines.nodes([target.grad_fn]) if isinstance(node, classes)]
+    # below one are logits, and not log-probs
+    above = engines.nodes([target.grad_fn], ends=lambda node: isinstance(node, classes))
+    found = [node for node in above if isinstance(node, classes)]
     if len(found) != 1:
         raise _TwoPassesNeeded(
             f"log_probs come from {len(found)} calls of sequence_log_probs, and one is needed to tell samples apart"

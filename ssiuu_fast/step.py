@@ -20,6 +20,10 @@ LATE = (
 )
 
 
+# one for each regularised parameter; None outside of a graph
+Gradients = list[Tensor | None]
+
+
 @dataclass
 class MicroBatch:
     """Some samples of a step: Σ_s T_s with its graph, how many of them underflowed, and their loss, where it is to be

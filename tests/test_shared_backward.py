@@ -2,17 +2,19 @@
 
 import copy
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from one_pass import MODELS, ONE, Unlearning, both
 from steps import WEIGHT, assert_close, gradients
 from test_peft import lora
-from tiny import batch, log_probs_of, tiny_gpt2, tiny_llama
+from tiny import batch, exactly, log_probs_of, tiny_gpt2, tiny_llama
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer, shared_backward
 from ssiuu_fast.ops import Blockwise8
+from ssiuu_fast.parameter_grain import ParameterGrain
 
 
 @pytest.mark.parametrize(("objective", "micro_batches"), [("ga", 1), ("gd", 3), ("npo", 8), ("simnpo", 3), ("dpo", 1)])
@@ -163,6 +165,78 @@ def test_grad_that_holds_something_is_added_to():
     run.step()
     assert all(p.grad is tensor for p, tensor in zip(run.model.parameters(), held, strict=True))
     assert_close({n: g - 0.25 for n, g in gradients(run.model).items()}, gradients(expected), bound=1e-8)
+
+
+class Places(nn.Module):
+    """Learnt places whose gradients autograd gives as views of one that others still need."""
+
+    def __init__(self, sparse):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(48, 8, sparse=sparse, dtype=torch.float64)
+        self.below, self.above = (nn.Linear(8, 8, dtype=torch.float64) for _ in range(2))
+        self.first, self.second = (nn.Parameter(torch.randn(9, 8, dtype=torch.float64)) for _ in range(2))
+        self.head = nn.Linear(8, 48, dtype=torch.float64)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.below(self.embed(input_ids)) + self.first.unsqueeze(0) + self.second.unsqueeze(0)
+        return SimpleNamespace(logits=self.head(self.above(hidden).tanh()))
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_gradients_that_share_memory_are_parted(sparse):
+    found = []
+    for one in (False, True):
+        model = Places(sparse)
+        regularizer = SSIUURegularizer(model, weight=1e4, parameters=["*.weight", "first", "second"])
+        for seed in range(2):
+            model.zero_grad()
+            log_probs = log_probs_of(model, batch(1, seed=seed))
+            if one:
+                regularizer.backward(log_probs, loss=log_probs.sum())
+                assert regularizer.road == ONE
+            else:
+                regularizer.backward(log_probs)
+                log_probs.sum().backward()
+        found.append({name: parameter.grad.to_dense() for name, parameter in model.named_parameters()})
+    assert_close(found[1], found[0])
+
+
+class Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, output):
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_a_module_that_gets_no_gradient():
+    found = []
+    for one in (False, True):
+        model = MODELS["llama"]()
+        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: Stop.apply(output))
+        found.append(Unlearning(model, one, retain=False).steps())
+    silent = "model.layers.0.mlp.up_proj.weight"
+    assert found[0].pop(silent) is found[1].pop(silent) is None
+    assert_close(found[1], found[0])
+
+
+def test_the_penalty_is_added_some_parameters_at_a_time(monkeypatch):
+    """As many as 2 % of the parameters' bytes may wait, and one parameter more."""
+    seen = []
+    add = ParameterGrain.add_to_grad
+    monkeypatch.setattr(ParameterGrain, "add_to_grad", lambda *to, **how: seen.append(list(to[2].values())) or add(*to))
+    run = both(lambda: exactly(tiny_llama(num_hidden_layers=12)))
+    names = run.regularizer.parameter_names
+    most = 0.02 * sum(parameter.nbytes for parameter in run.regularizer.regularized_parameters)
+    # two steps of one pass, after two of two passes, each of which is a call
+    calls = [call for call in seen if 0 < len(call) < len(names)]
+    assert sum(map(len, calls)) == 2 * len(names)
+    assert len(calls) < 1.5 * len(names)
+    assert all(sum(g.nbytes for g in call) <= most for call in calls if len(call) > 1)
+    assert any(len(call) > 1 for call in calls)
 
 
 def test_8_bit_references_have_the_same_codes():

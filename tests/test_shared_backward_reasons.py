@@ -44,6 +44,14 @@ def masked_gradient(model, rows):
     return log_probs, (log_probs * torch.arange(1, 6)).sum()
 
 
+def watched_grad(model, rows):
+    weight = model.model.layers[0].mlp.up_proj.weight
+    if not weight._post_accumulate_grad_hooks:
+        weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    log_probs = log_probs_of(model, rows)
+    return log_probs, (log_probs * torch.arange(1, 6)).sum()
+
+
 def hooked_output(model, rows):
     handle = model.model.layers[0].mlp.up_proj.register_forward_hook(
         lambda module, inputs, output: output * 2, prepend=True
@@ -82,6 +90,7 @@ REASONS = [
     (also_elsewhere, "the loss depends on the model by other ways than log_probs"),
     (weight_decay, "the loss depends on the model by other ways than log_probs"),
     (masked_gradient, "a hook on model.layers.0.mlp.up_proj.weight may change its gradient"),
+    (watched_grad, "a hook on model.layers.0.mlp.up_proj.weight may change its gradient"),
     (hooked_output, "up_proj.weight is not, or not only"),
     (another_weight, "up_proj.weight is not, or not only"),
     (sorted_rows, "the model's output was put in another order (IndexBackward0)"),

@@ -16,6 +16,7 @@ from ssiuu_fast.attribution_taps import AttributionTaps
 from ssiuu_fast.frozen import frozen
 from ssiuu_fast.objectives.answer_head import head_replaced
 from ssiuu_fast.ops.sequence_log_probs import HiddenLogProbs, SequenceLogProbs
+from ssiuu_fast.parameter_step import HeldGradients
 from ssiuu_fast.planning.live_memory import LiveMemory
 from ssiuu_fast.planning.skeleton import Skeleton, first_line
 from ssiuu_fast.selection import select_modules, select_parameters
@@ -174,7 +175,7 @@ class _TwoPasses(_Loss):
 
 
 class _OnePass(_TwoPasses):
-    """parameter_grain.py where g comes with the loss: of the last micro-batch one weight at a time, summed before."""
+    """parameter_step.py where g comes with the loss: of the last micro-batch a few weights at a time, summed before."""
 
     two_passes = ""
 
@@ -192,8 +193,9 @@ class _OnePass(_TwoPasses):
             super().send_back(log_probs, record, last)
             return
         with record.phase(LOSS):
-            # the penalty is added to the loss's gradient in place
-            self._shared.run(plan, loss, self._gradients, (lambda index, g, gradient: gradient) if last else None)
+            # the penalty is added to `.grad` in place
+            held = HeldGradients(self._parameters)
+            self._shared.run(plan, loss, self._gradients, held.add if last else None)
 
 
 class _RowsThatDiffer(SharedBackward):

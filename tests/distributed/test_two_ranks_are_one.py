@@ -23,6 +23,7 @@ CASES = {
     "ddp one backward, calibration, buckets": Case(
         one_backward=True, options={"relative_weight": 3.0}, wrapper={"gradient_as_bucket_view": True}
     ),
+    "ddp one backward, checkpointing": Case(one_backward=True, checkpointing=True, steps=3),
     "ddp one backward, routed": Case(one_backward=True, route=True, wrapper={"find_unused_parameters": True}),
     "ddp one backward, fp32": Case(one_backward=True, **FP32),
     "fsdp2 falls back": Case(engine="fsdp2", one_backward=True),
