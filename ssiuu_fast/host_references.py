@@ -24,6 +24,11 @@ _ALIGNMENT = 512
 Load = tuple[str, ...]
 
 
+def slot_size(sizes: Sequence[int]) -> int:
+    """Bytes of each of the SLOTS on a device, for references of these bytes."""
+    return max([*sizes, min(LOAD, sum(sizes))])
+
+
 class HostReferences(References):
     """References in host memory (pinned for CUDA), with the bits of ordinary ones.
 
@@ -96,7 +101,7 @@ class Shuttle:
         self._host = references
         self._lanes = lanes
         self._sizes = {name: _size(reference) for name, reference in references.items()}
-        self._slot_size = max([*self._sizes.values(), min(LOAD, sum(self._sizes.values()))])
+        self._slot_size = slot_size(list(self._sizes.values()))
         self._slots = 0
         self._idle: deque[_Slot] = deque()
         self._at_work: dict[Load, _Slot] = {}

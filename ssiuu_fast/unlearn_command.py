@@ -160,6 +160,7 @@ def _config(asked: _Asked, options: UnlearnOptions, ranks: Ranks, folder: str) -
     refuse_empty_micro_batches(options.batch_size, options.micro_batch_size, asked.sets, ranks.size)
     penalty = (
         "weight", "relative_weight", "target", "granularity", "reference", "one_sided", "every", "state_dtype",
+        "offload",
     )  # fmt: skip
     config = UnlearningConfig(
         output_dir=folder,

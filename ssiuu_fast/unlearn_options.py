@@ -43,6 +43,8 @@ class UnlearnOptions:
         every: penalise each k-th step only, k times as much.
         state_dtype: what the penalty's references are stored in; 8bit is a quarter of float32. Left open: the dtype of
             the weights.
+        offload: keep the penalty's references in host memory, and bring them to the GPU as they are needed. Not with
+            several processes that share the model (FSDP2).
         lora_rank: train adapters of this rank (LoRA) instead of the model, and save the adapters alone. They take
             higher learning rates. Left open: the model is trained, or its adapters where it has some.
         lora_alpha: adapters are scaled by alpha / rank; left open, twice the rank.
@@ -84,6 +86,7 @@ class UnlearnOptions:
     one_sided: bool = False
     every: int = 1
     state_dtype: Literal["float32", "bfloat16", "8bit"] | None = None
+    offload: bool = False
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: list[str] | None = None
@@ -117,6 +120,11 @@ class UnlearnOptions:
             raise ValueError(
                 f"state_dtype={self.state_dtype} is of no use with granularity=neuron, whose references are one fp32 "
                 "number a neuron (and sample): leave state_dtype out"
+            )
+        if self.granularity == "neuron" and self.offload:
+            raise ValueError(
+                "offload is of no use with granularity=neuron, whose references are one number a neuron (and sample): "
+                "leave offload out"
             )
 
     def _refuse_method(self) -> None:

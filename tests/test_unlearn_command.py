@@ -60,7 +60,7 @@ def interrupt(monkeypatch):
 
 
 WAYS = {
-    "penalty": ["--relative_weight", 3, "--micro_batch_size", 8],
+    "penalty": ["--relative_weight", 3, "--micro_batch_size", 8, "--offload", "true"],
     "npo, and a checkpoint every other epoch": ["--method", "npo+ssiuu", "--weight", 1, "--save_every", 2],
     "LoRA": ["--lora_rank", 2, "--lora_dropout", 0.1, "--method", "gd"],
     "no checkpoints": ["--save_every", 0],
@@ -142,6 +142,10 @@ REFUSED = {
     "neurons in micro-batches": (
         ["--granularity", "neuron", "--micro_batch_size", "4"],
         "micro_batch_size: with granularity=neuron and reference=previous",
+    ),
+    "neurons in host memory": (
+        ["--granularity", "neuron", "--offload", "true"],
+        "offload is of no use with granularity=neuron",
     ),
     "more micro-batches than rows": (
         ["--batch_size", "64", "--micro_batch_size", "1"],

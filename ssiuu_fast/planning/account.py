@@ -6,8 +6,10 @@ counted on a dry run of the model itself (dry_run.py). docs/memory.md has the fo
     weights              w N          in all
     AdamW states         2 w N        unlearning: both moments, in the dtype of the weights
     gradients            w N          unlearning: from the forget rows' backward to the next step
-    references           4 n, 2 n or 1.016 n; of neurons 4 bytes each, by sample with several micro-batches
-    g                    w of one     the penalty, one micro-batch: of one weight at a time, while the loss passes by
+    references           4 n, 2 n or 1.016 n; of neurons 4 bytes each, by sample with several micro-batches; offloaded
+                         4 times the largest, or 134 MB if that is more, and all of them in host memory
+    g                    w n / 50     the penalty, one micro-batch: of a few weights at a time (of one, if that is more)
+                                      and of one more, while the loss passes by
     Σg                   w n          the penalty, several micro-batches: their sum stands beside the gradients
     g of two passes      w n          where a pass of its own forms it: it becomes the gradient; Σg and g, 2 w n, with
                                       several micro-batches
@@ -20,6 +22,7 @@ The peak is the states plus the largest of the phases of a step.
 
 from dataclasses import dataclass
 
+from ssiuu_fast.host_references import SLOTS, slot_size
 from ssiuu_fast.ops.blockwise8 import BLOCK
 from ssiuu_fast.planning.dry_run import Workload, attribution, unlearning_step
 from ssiuu_fast.planning.skeleton import Skeleton
@@ -35,7 +38,8 @@ class Need:
     states: bytes that are there throughout. phases: the most bytes beside them, by phase of a step. kept: bytes of the
     activations that autograd keeps of one forward pass; logits: of the logits among them. gradients, sums: bytes of the
     gradients, and of Σg (in two passes also g) beside them, all in the phases. flops: of a step. moved: bytes that
-    optimizer, gradients and penalty read and write in a step. host: bytes in host memory where that is another one.
+    optimizer, gradients and penalty read and write in a step. host: bytes in host memory where that is another one,
+    while the best weights are renewed; offloaded: of the references, throughout.
     two_passes: of the penalty on parameters, why it takes them; empty where it doesn't.
     """
 
@@ -48,6 +52,7 @@ class Need:
     gradients: int = 0
     sums: int = 0
     host: int = 0
+    offloaded: int = 0
     two_passes: str = ""
 
     @property
@@ -74,21 +79,24 @@ def unlearning_need(
     *,
     grain: str | None,
     state_dtype: str | None = None,
+    offload: bool = False,
     rows: int | None = None,
     on_cpu: bool = False,
     sharded: bool = False,
 ) -> Need:
     """Unlearning by GD, with the penalty at a grain ("parameter", "neuron") or without (None).
 
-    rows: of the forget set; neurons with several micro-batches are compared sample by sample. sharded: a step as FSDP2
-    takes it, on whole weights (`sharded_peak` divides them).
+    offload: references in host memory. rows: of the forget set; neurons with several micro-batches are compared sample
+    by sample. sharded: a step as FSDP2 takes it, on whole weights (`sharded_peak` divides them).
     """
     run = unlearning_step(skeleton, workload, grain, sharded=sharded)
     counts, width = skeleton.counts, _width(skeleton)
     weights = width * counts.parameters
     states = {"weights": weights, "AdamW states": 2 * weights}
+    references = [] if grain is None else reference_bytes(skeleton, workload, grain, state_dtype, rows)
+    offload = offload and grain == "parameter"
     if grain is not None:
-        states["references"] = reference_bytes(skeleton, workload, grain, state_dtype, rows)
+        states["references"] = SLOTS * slot_size(references) if offload else sum(references)
     phases = run.phases | {OPTIMIZER: weights + (2 * width * counts.largest if on_cpu else weights)}
     copied = width * counts.copied
     if on_cpu:
@@ -98,7 +106,7 @@ def unlearning_need(
     # AdamW reads weight, gradient and both moments and writes all but the gradient
     moved = 7 * weights + _gradient_traffic(weights, workload)
     if regularized:
-        moved += _penalty_traffic(regularized, states["references"], workload, bool(run.two_passes))
+        moved += _penalty_traffic(regularized, sum(references), workload, bool(run.two_passes))
     return Need(
         states=states,
         phases=phases,
@@ -109,6 +117,7 @@ def unlearning_need(
         gradients=weights,
         sums=(2 if run.two_passes else 1) * regularized if workload.split else 0,
         host=0 if on_cpu else 2 * copied,
+        offloaded=sum(references) if offload else 0,
         two_passes=run.two_passes,
     )
 
@@ -139,13 +148,13 @@ def sharded_peak(need: Need, skeleton: Skeleton, workload: Workload, gpus: int) 
 
 def reference_bytes(
     skeleton: Skeleton, workload: Workload, grain: str, state_dtype: str | None, rows: int | None
-) -> int:
-    """Bytes of the references: of parameters as `state_dtype` says, of neurons fp32."""
+) -> list[int]:
+    """Bytes of the references: of each parameter as `state_dtype` says, of all neurons together fp32."""
     if grain == "neuron":
-        return 4 * skeleton.counts.neurons * ((rows or workload.batch_size) if workload.split else 1)
+        return [4 * skeleton.counts.neurons * ((rows or workload.batch_size) if workload.split else 1)]
     if state_dtype == "8bit":
-        return sum(numel + 4 * -(-numel // BLOCK) for numel in skeleton.counts.regularized)
-    return _state_width(skeleton, state_dtype) * sum(skeleton.counts.regularized)
+        return [numel + 4 * -(-numel // BLOCK) for numel in skeleton.counts.regularized]
+    return [_state_width(skeleton, state_dtype) * numel for numel in skeleton.counts.regularized]
 
 
 def _gradient_traffic(weights: int, workload: Workload) -> int:

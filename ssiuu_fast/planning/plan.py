@@ -117,6 +117,11 @@ class Plan:
         ]
         if penalised.host:
             notes.append(f"host memory: {_gigabytes(penalised.host)} GB while the best weights so far are renewed")
+        if penalised.offloaded:
+            notes.append(
+                f"host memory: {_gigabytes(penalised.offloaded)} GB of references, which cross to the device and "
+                "back in every step that has a penalty; the time below doesn't count that"
+            )
         if self.options.gradient_checkpointing:
             notes.append("gradient checkpointing: call model.gradient_checkpointing_enable() in a loop of your own")
         if self.options.granularity == "neuron" and self.workload.split:
@@ -206,6 +211,7 @@ def _need(name: str, options: PlanOptions, skeleton: Skeleton, workload: Workloa
         workload,
         grain=options.granularity if name == RUNS[2] else None,
         state_dtype=options.state_dtype,
+        offload=options.offload,
         rows=options.rows,
         on_cpu=options.device == "cpu",
         sharded=options.gpus > 1,
@@ -217,6 +223,8 @@ def _changed(options: PlanOptions, workload: Workload) -> Iterator[tuple[str, Pl
     changes: dict[str, dict] = {}
     if options.granularity == "parameter" and options.state_dtype != "8bit":
         changes["--state_dtype 8bit"] = {"state_dtype": "8bit"}
+    if options.granularity == "parameter" and not options.offload and options.gpus == 1 and options.device != "cpu":
+        changes["--offload true"] = {"offload": True}
     if workload.rows_at_once > 1:
         rows = max(1, workload.rows_at_once // 4)
         changes[f"--micro_batch_size {rows}"] = {"micro_batch_size": rows}

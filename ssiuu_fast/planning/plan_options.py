@@ -23,6 +23,7 @@ class PlanOptions:
         length: tokens of a row, padding included.
         dtype: weights in memory.
         state_dtype: what the penalty's references are stored in; left open, the dtype of the weights.
+        offload: the penalty's references are kept in host memory.
         granularity: what the penalty is on, see unlearn.
         gradient_checkpointing: activations of blocks are computed again in every backward pass instead of kept.
         rows: forget rows; with it the plan also tells the time of an epoch.
@@ -46,6 +47,7 @@ class PlanOptions:
     length: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"
     state_dtype: Literal["float32", "bfloat16", "8bit"] | None = None
+    offload: bool = False
     granularity: Literal["parameter", "neuron"] = "parameter"
     gradient_checkpointing: bool = False
     rows: int | None = None
@@ -73,3 +75,11 @@ class PlanOptions:
             )
         if self.granularity == "neuron" and self.state_dtype not in (None, "float32"):
             raise ValueError("state_dtype: neurons have small references in float32, leave it out")
+        if self.offload and self.granularity == "neuron":
+            raise ValueError("offload: neurons have small references, leave it out")
+        if self.offload and self.gpus > 1:
+            raise ValueError(
+                "offload works on whole weights, and several GPUs are planned as sharing them: leave it out"
+            )
+        if self.offload and self.device == "cpu":
+            raise ValueError("offload: on the CPU the references are in host memory anyway, leave it out")

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from tiny import tiny_gpt2, tiny_llama
 
 from ssiuu_fast.cli import main
+from ssiuu_fast.host_references import slot_size
 from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.planning.account import reference_bytes, unlearning_need
@@ -89,14 +90,31 @@ def test_bytes_of_references():
     skeleton = Skeleton(tiny_llama().config)
     sizes = skeleton.counts.regularized
     workload = Workload(4, 4, 8)
-    assert reference_bytes(skeleton, workload, "parameter", None, None) == 4 * sum(sizes)
-    assert reference_bytes(skeleton, workload, "parameter", "bfloat16", None) == 2 * sum(sizes)
+    assert sum(reference_bytes(skeleton, workload, "parameter", None, None)) == 4 * sum(sizes)
+    assert sum(reference_bytes(skeleton, workload, "parameter", "bfloat16", None)) == 2 * sum(sizes)
     stored = [Blockwise8.empty_like(p) for p in SSIUURegularizer(tiny_llama()).regularized_parameters]
     eight_bit = sum(reference.codes.nbytes + reference.absmax.nbytes for reference in stored)
-    assert reference_bytes(skeleton, workload, "parameter", "8bit", None) == eight_bit
+    assert sum(reference_bytes(skeleton, workload, "parameter", "8bit", None)) == eight_bit
     neurons = skeleton.counts.neurons
-    assert reference_bytes(skeleton, workload, "neuron", None, 100) == 4 * neurons
-    assert reference_bytes(skeleton, Workload(4, 2, 8), "neuron", None, 100) == 400 * neurons
+    assert sum(reference_bytes(skeleton, workload, "neuron", None, 100)) == 4 * neurons
+    assert sum(reference_bytes(skeleton, Workload(4, 2, 8), "neuron", None, 100)) == 400 * neurons
+
+
+def test_references_in_host_memory():
+    skeleton = Skeleton(tiny_llama().config)
+    kept, carried = (
+        unlearning_need(skeleton, Workload(2, 2, 8), grain="parameter", offload=offload) for offload in (False, True)
+    )
+    # together they are under 32 MiB: each of four slots holds them all
+    assert carried.states["references"] == 4 * kept.states["references"]
+    assert (kept.offloaded, carried.offloaded) == (0, kept.states["references"])
+    assert (carried.moved, carried.phases) == (kept.moved, kept.phases)
+    assert slot_size([2**20] * 64) == 2**25
+    assert slot_size([2**20, 2**26]) == 2**26
+    # GD has none, and neurons keep theirs
+    for grain in (None, "neuron"):
+        with_it = unlearning_need(skeleton, Workload(2, 2, 8), grain=grain, offload=True)
+        assert with_it == unlearning_need(skeleton, Workload(2, 2, 8), grain=grain)
 
 
 def test_weights_in_bf16_are_half_of_it():
@@ -229,6 +247,9 @@ def test_a_measured_cpu_has_limits():
         (["--device", "H1000"], "unknown device 'H1000': one of A100-80"),
         (["--memory", "80"], "give memory, bandwidth and tflops"),
         (["--granularity", "neuron", "--state_dtype", "8bit"], "state_dtype: neurons have small references"),
+        (["--granularity", "neuron", "--offload", "true"], "offload: neurons have small references"),
+        (["--offload", "true", "--gpus", "2"], "offload works on whole weights"),
+        (["--offload", "true", "--device", "cpu"], "offload: on the CPU the references are in host memory anyway"),
     ],
 )
 def test_nonsense_is_refused_in_one_line(tmp_path, capsys, flags, message):
