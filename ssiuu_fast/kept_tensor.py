@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+# those on what autograd saves; torch before 2.8 doesn't say
+_HOOKS = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 class KeptTensor:
     """Checkpointing drops and recomputes it like any saved tensor, and gives it back a single time in each pass."""
@@ -11,9 +14,14 @@ class KeptTensor:
     _scalar = torch.zeros((), requires_grad=True)
 
     def __init__(self, tensor: Tensor):
-        self._node = _Keep.apply(tensor.detach(), self._scalar).grad_fn
+        # a node costs the host fifteen times as much, and only hooks on what is saved make a difference
+        hooked = _HOOKS is None or _HOOKS(False) is not None
+        self._tensor = None if hooked else tensor.detach()
+        self._node = _Keep.apply(tensor.detach(), self._scalar).grad_fn if hooked else None
 
     def get(self) -> Tensor:
+        if self._node is None:
+            return self._tensor
         (tensor,) = self._node.saved_tensors
         return tensor
 

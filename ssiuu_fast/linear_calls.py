@@ -25,6 +25,8 @@ class LinearCalls:
 
     def __init__(self, modules: dict[str, nn.Module], parameters: Collection[int]):
         self._parameters = parameters
+        # of nodes that gave the output of a call: a graph has thousands of others
+        self.node_names: set[str] = set()
         watch(self, modules, first=True)
         go_with(self, [module.register_forward_pre_hook(_cast) for module in modules.values()])
 
@@ -38,6 +40,7 @@ class LinearCalls:
             node = output.grad_fn
             call = LinearCall(self, name, module, own, inputs[0], output)
             # the only way from a graph to the call, so that it lives as long as its node
+            self.node_names.add(node.name())
             node.metadata[_KEY] = [*node.metadata.get(_KEY, ()), call]
             # of a node, and not of the tensor: it comes after the hooks that others put on the output
             node.register_prehook(call)
@@ -94,7 +97,7 @@ class LinearCall:
 
 def _cast(module: nn.Module, inputs: tuple) -> tuple | None:
     """What autocast is about to do inside, so that what is kept here and what the module saves is one tensor."""
-    if torch.compiler.is_compiling() or not inputs:
+    if not inputs or torch.compiler.is_compiling():
         return None
     first, *others = inputs
     if not torch.is_autocast_enabled(first.device.type) or first.dtype == torch.float64:

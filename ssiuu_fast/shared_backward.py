@@ -22,7 +22,7 @@ from ssiuu_fast.ops.sequence_log_probs import ROW_FUNCTIONS
 from ssiuu_fast.ops.weighted_weight_gradient import weighted_weight_gradient
 from ssiuu_fast.selection import NamedParameters
 from ssiuu_fast.step import Gradients
-from ssiuu_fast.taps import has_injection
+from ssiuu_fast.taps import TAP_NODE, has_injection
 
 # rows with |T'_s| under this are skipped: in fp32 T' has lost digits below it, and is soon 0. Not sooner: λ has no
 # scale, and relative_weight makes up for whatever the T' of its first steps were
@@ -156,29 +156,39 @@ class SharedBackward:
 
     def _survey(self, node) -> "_Survey":
         survey = _Survey()
+        # thousands of nodes in every step: no container is made for one, each of which Python's collector would visit
+        edges_to: dict = {}
         # a weight's alias stands for the weight
         stands_for: dict = {}
-        edges, aliases = [], []
+        aliases = []
         for other in engines.nodes([node]):
-            leaf = getattr(other, "variable", None)
-            if leaf is not None:
-                if id(leaf) in self._indices:
-                    stands_for[other] = self._indices[id(leaf)]
+            ends = other.next_functions
+            for following, _ in ends:
+                edges_to[following] = edges_to.get(following, 0) + 1
+            if not ends:
+                index = self._indices.get(id(getattr(other, "variable", None)))
+                if index is not None:
+                    stands_for[other] = index
                 continue
-            edges.append((other, [following for following, _ in other.next_functions]))
-            if other.name() in _ALIASES:
-                aliases.append((other, edges[-1][1][0]))
-            survey.injected = survey.injected or has_injection(other)
-            survey.calls += self._calls.of_node(other)
+            name = other.name()
+            if name in _ALIASES:
+                aliases.append((other, ends[0][0]))
+            elif name == TAP_NODE:
+                survey.injected = survey.injected or has_injection(other)
+            # an output may be an alias too
+            if name in self._calls.node_names:
+                survey.calls += self._calls.of_node(other)
         known = -1
         while known != len(stands_for):
             # an alias of an alias
             known = len(stands_for)
             stands_for |= {other: stands_for[following] for other, following in aliases if following in stands_for}
-        for other, ends in edges:
-            for following in ends:
-                if following in stands_for and other not in stands_for:
-                    survey.uses[stands_for[following]] += 1
+        for other, index in stands_for.items():
+            survey.uses[index] += edges_to[other]
+        for other, _ in aliases:
+            if other in stands_for:
+                # its own edge is no use
+                survey.uses[stands_for[other]] -= 1
         for call in survey.calls:
             for parameter in call.parameters.values():
                 survey.calls_of[self._indices[id(parameter)]] += 1

@@ -150,7 +150,7 @@ class PendingInjections:
 
 
 def has_injection(node) -> bool:
-    """Whether this node of a graph is a tap that is to add something to the gradient that comes by."""
+    """Whether this node of a graph, by name a TAP_NODE, is a tap that adds something to the gradient that comes by."""
     tapped = getattr(node, "tapped", None)
     return isinstance(tapped, TappedOutput) and tapped.injects
 
@@ -164,6 +164,9 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return ctx.tapped.taps.send_back(ctx.tapped, gradient), None, None
+
+
+TAP_NODE = _Tap._backward_cls.__name__
 
 
 def _version_counter(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What penalty_ refuses, before anything is changed."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -73,9 +75,8 @@ def _lie_apart(lists):
     tensors = [tensor for some in lists for tensor in some if tensor.numel()]
     if len({tensor.device for tensor in tensors}) > 1:
         return False
-    starts, order = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64).sort()
-    ends = starts + torch.tensor([tensor.nbytes for tensor in tensors], dtype=torch.int64)[order]
-    return bool((ends[:-1] <= starts[1:]).all())
+    spans = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors)
+    return all(start + size <= following for (start, size), (following, _) in pairwise(spans))
 
 
 def _check_reference(reference, label, dtypes):
