@@ -1,7 +1,7 @@
 """References that are kept in host memory, of which a few at a time are on the device."""
 
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -25,8 +25,18 @@ Load = tuple[str, ...]
 
 
 def slot_size(sizes: Sequence[int]) -> int:
-    """Bytes of each of the SLOTS on a device, for references of these bytes."""
+    """Bytes of each of the SLOTS on a device, for references that take these bytes there (`place_size`)."""
     return max([*sizes, min(LOAD, sum(sizes))])
+
+
+def place_size(tensors: Iterable[int]) -> int:
+    """Bytes that a reference takes in a slot, from those of its tensors."""
+    return sum(map(_aligned, tensors))
+
+
+def pinned_size(tensors: Iterable[int]) -> int:
+    """Bytes that a reference takes in pinned host memory, whose allocator takes a power of two for each tensor."""
+    return sum(1 << (size - 1).bit_length() for size in tensors)
 
 
 class HostReferences(References):
@@ -226,7 +236,7 @@ def _like(reference: Reference, tensors: Sequence[Tensor]) -> Reference:
 
 
 def _size(reference: Reference) -> int:
-    return sum(_aligned(tensor.nbytes) for tensor in tensors_of(reference))
+    return place_size(tensor.nbytes for tensor in tensors_of(reference))
 
 
 def _aligned(size: int) -> int:

@@ -78,6 +78,11 @@ class LinearCall:
         self._place = output.output_nr
         self._input = KeptTensor(inputs) if "weight" in parameters else None
 
+    @property
+    def input_changed(self) -> bool:
+        """Whether the input was written into after the call. autograd minds only where it had to save it."""
+        return self._input is not None and self._input.changed
+
     def input(self) -> Tensor:
         """Once in a backward pass, while on_gradient is called."""
         return self._input.get()
@@ -89,8 +94,7 @@ class LinearCall:
         if on_gradient is not None and gradients[self._place] is not None:
             on_gradient(self, gradients[self._place])
         elif kept and self._input is not None:
-            # checkpointing keeps what it recomputed until it was asked for
-            self._input.get()
+            self._input.pass_by()
         if not kept:
             self._input = None
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ssiuu_fast.penalty_pass import PenaltyPass
 from ssiuu_fast.ranks import RunningSums
 from ssiuu_fast.shared_backward import Plan
-from ssiuu_fast.step import Gradients, MicroBatch, StepResult, summed
+from ssiuu_fast.step import Gradients, MicroBatch, StepResult, Summed, summed
 
 # of the bytes of all regularised parameters
 HELD_SHARE = 0.02
@@ -22,7 +22,7 @@ class HeldGradients:
         self._held: dict[int, Tensor] = {}
 
     def add(self, index: int, g: Tensor | None) -> dict[int, Tensor]:
-        """Those that came before, where this one would be over HELD_SHARE; they are then let go of."""
+        """Those that came before, where with this one they would be over HELD_SHARE; they are then let go of."""
         if g is None:
             return {}
         size = sum(other.nbytes for other in self._held.values())
@@ -38,8 +38,9 @@ class HeldGradients:
 class ParameterStep:
     """Sums g over the micro-batches of a step; the penalty is formed when it is whole.
 
-    With the last loss sent back in the same pass, in one process, that is a few parameters at a time, as the gradients
-    come; of several ranks, the sums over them begin then. grain: the ParameterGrain that begins the step.
+    With the last loss sent back in the same pass, where torch.distributed isn't initialised, that is a few parameters
+    at a time, as the gradients come; of several ranks, the sums over them begin then. grain: the ParameterGrain that
+    begins the step.
     """
 
     def __init__(self, grain, scale: float, weight: float | None):
@@ -59,7 +60,7 @@ class ParameterStep:
         self._held = HeldGradients(self._parameters)
         # over the ranks, begun while the last loss was sent back
         self._running_sums: RunningSums | None = None
-        self._summed: dict[int, Tensor] = {}
+        self._summed: dict[int, Summed] = {}
 
     def add(self, batch: MicroBatch) -> bool:
         """Takes up a micro-batch. Whether its loss was sent back on the way."""
@@ -135,17 +136,16 @@ class ParameterStep:
         self._add_penalty(self._held.add(index, g))
 
     def _sum_over_ranks(self, index: int, g: Tensor | None) -> None:
+        own = g is not None
         # another rank may have one
-        g = torch.zeros_like(self._parameters[index], requires_grad=False) if g is None else g
+        g = g if own else torch.zeros_like(self._parameters[index], requires_grad=False)
         self._running_sums.add(g)
-        self._summed[index] = g
+        self._summed[index] = Summed(g, own)
 
     def _complete(self) -> None:
         """Everything over the ranks."""
         if self._running_sums is not None:
             self._running_sums.finish()
         self._gradients, self._samples, self._present = self._grain.engine.complete(
-            self._gradients, self._samples, self._present
+            self._gradients, self._samples, self._present, self._summed
         )
-        for index, g in self._summed.items():
-            self._gradients[index] = g

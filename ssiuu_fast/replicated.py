@@ -10,7 +10,7 @@ from ssiuu_fast.agreement import Agreement
 from ssiuu_fast.graph_order import leaf_order
 from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.shared_backward import Plan
-from ssiuu_fast.step import Gradients, MicroBatch
+from ssiuu_fast.step import Gradients, MicroBatch, Summed
 
 # numbers that `agree` asks for
 _ASKED = 7
@@ -83,22 +83,28 @@ class Replicated:
         # anything
         return self._ddp is not None and not self._ddp._comm_hooks
 
-    def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
+    def complete(
+        self, gradients: Gradients, samples: int, present: set[int], summed: dict[int, Summed]
+    ) -> tuple[Gradients, int, set[int]]:
         """All over the ranks, once a step; None for parameters of which no rank has a gradient.
 
-        present: those in this rank's graphs; of the result, in some rank's.
+        present: those in this rank's graphs; of the result, in some rank's. summed: by index what is over them already.
         """
         if self.ranks.size == 1:
             return gradients, samples, present
         count = len(self._parameters)
-        mine = [int(gradient is not None) for gradient in gradients]
+        own = [summed[index].own if index in summed else gradients[index] is not None for index in range(count)]
         in_graph = [int(index in present) for index in range(count)]
-        samples, *users = self.agreement.sums([samples, *mine, *in_graph])[: 1 + 2 * count]
-        whole = [
-            torch.zeros_like(parameter, requires_grad=False) if used and gradient is None else gradient
-            for gradient, parameter, used in zip(gradients, self._parameters, users[:count], strict=True)
-        ]
-        self.ranks.sum_all_([gradient for gradient in whole if gradient is not None])
+        samples, *users = self.agreement.sums([samples, *map(int, own), *in_graph])[: 1 + 2 * count]
+        used = [index for index in range(count) if users[index]]
+        late = [index for index in used if index not in summed]
+        whole = list(gradients)
+        for index in late:
+            if whole[index] is None:
+                whole[index] = torch.zeros_like(self._parameters[index], requires_grad=False)
+        self.ranks.sum_all_([whole[index] for index in late])
+        for index in summed.keys() & used:
+            whole[index] = summed[index].g
         return whole, samples, {index for index, used in enumerate(users[count:]) if used}
 
     def pass_gradients(self, batches: Iterable[MicroBatch]) -> Iterator[tuple[Gradients, int]]:

@@ -15,7 +15,7 @@ from ssiuu_fast.ranks import Ranks
 from ssiuu_fast.selection import NamedParameters
 from ssiuu_fast.shards import from_local_part, is_sharded, local_part, sharded_modules
 from ssiuu_fast.shared_backward import Plan
-from ssiuu_fast.step import Gradients, MicroBatch
+from ssiuu_fast.step import Gradients, MicroBatch, Summed
 
 # FSDP2's private parts, and where they were seen to be what they are taken for
 _TESTED = "2.13"
@@ -60,7 +60,9 @@ class Sharded:
     def agree(self, batch: MicroBatch, plan: Plan) -> None:
         """All plans are for two passes."""
 
-    def complete(self, gradients: Gradients, samples: int, present: set[int]) -> tuple[Gradients, int, set[int]]:
+    def complete(
+        self, gradients: Gradients, samples: int, present: set[int], summed: dict[int, Summed]
+    ) -> tuple[Gradients, int, set[int]]:
         """They were summed on the way."""
         return gradients, samples, present
 

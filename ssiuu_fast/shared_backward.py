@@ -226,6 +226,8 @@ class SharedBackward:
                     f"{call.name} was given {list(call.shape)}, and the log-probs are of {list(batch_shape)} samples "
                     "and tokens: rows can't be told apart"
                 )
+            if call.input_changed:
+                raise _TwoPassesNeeded(f"the input of {call.name} was changed in place after it was used")
             if (call.dtype == torch.float64) != double or call.device != plan.weights.device:
                 raise _TwoPassesNeeded(
                     f"{call.name} computes in {call.dtype} on {call.device}, the log-probs in {plan.weights.dtype} on "
@@ -287,10 +289,14 @@ class _Pass:
         if self._visit is not None:
             whole, self._gradients[index] = self._gradients[index], None
             self._visit(index, whole)
-        if dense is gradient and gradient is not None and index not in self._plan.covered:
+        if dense is gradient and gradient is not None and not self._is_product(index):
             # autograd may have handed parts of one tensor to several, and `.grad` is written to
             return gradient.clone(memory_format=torch.contiguous_format)
         return None
+
+    def _is_product(self, index: int) -> bool:
+        """Whether the gradient is made by matrix products of linear modules, and so has memory of its own."""
+        return index in self._plan.covered and self._parameters[index].dim() == 2
 
     def _add(self, index: int, product: Callable[..., Tensor]) -> None:
         parameter = self._parameters[index]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,13 @@ LATE = (
 
 # one for each regularised parameter; None outside of a graph
 Gradients = list[Tensor | None]
+
+
+class Summed(NamedTuple):
+    """g of a parameter over all ranks, and whether this one had a part in it."""
+
+    g: Tensor
+    own: bool
 
 
 @dataclass

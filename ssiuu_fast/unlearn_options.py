@@ -121,6 +121,8 @@ class UnlearnOptions:
                 f"state_dtype={self.state_dtype} is of no use with granularity=neuron, whose references are one fp32 "
                 "number a neuron (and sample): leave state_dtype out"
             )
+        if self.offload and self.device == "cpu":
+            raise ValueError("offload: on the CPU the references are in host memory anyway, leave it out")
         if self.granularity == "neuron" and self.offload:
             raise ValueError(
                 "offload is of no use with granularity=neuron, whose references are one number a neuron (and sample): "

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -165,62 +164,6 @@ def test_grad_that_holds_something_is_added_to():
     run.step()
     assert all(p.grad is tensor for p, tensor in zip(run.model.parameters(), held, strict=True))
     assert_close({n: g - 0.25 for n, g in gradients(run.model).items()}, gradients(expected), bound=1e-8)
-
-
-class Places(nn.Module):
-    """Learnt places whose gradients autograd gives as views of one that others still need."""
-
-    def __init__(self, sparse):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Embedding(48, 8, sparse=sparse, dtype=torch.float64)
-        self.below, self.above = (nn.Linear(8, 8, dtype=torch.float64) for _ in range(2))
-        self.first, self.second = (nn.Parameter(torch.randn(9, 8, dtype=torch.float64)) for _ in range(2))
-        self.head = nn.Linear(8, 48, dtype=torch.float64)
-
-    def forward(self, input_ids, attention_mask):
-        hidden = self.below(self.embed(input_ids)) + self.first.unsqueeze(0) + self.second.unsqueeze(0)
-        return SimpleNamespace(logits=self.head(self.above(hidden).tanh()))
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_gradients_that_share_memory_are_parted(sparse):
-    found = []
-    for one in (False, True):
-        model = Places(sparse)
-        regularizer = SSIUURegularizer(model, weight=1e4, parameters=["*.weight", "first", "second"])
-        for seed in range(2):
-            model.zero_grad()
-            log_probs = log_probs_of(model, batch(1, seed=seed))
-            if one:
-                regularizer.backward(log_probs, loss=log_probs.sum())
-                assert regularizer.road == ONE
-            else:
-                regularizer.backward(log_probs)
-                log_probs.sum().backward()
-        found.append({name: parameter.grad.to_dense() for name, parameter in model.named_parameters()})
-    assert_close(found[1], found[0])
-
-
-class Stop(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, output):
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None
-
-
-def test_a_module_that_gets_no_gradient():
-    found = []
-    for one in (False, True):
-        model = MODELS["llama"]()
-        model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: Stop.apply(output))
-        found.append(Unlearning(model, one, retain=False).steps())
-    silent = "model.layers.0.mlp.up_proj.weight"
-    assert found[0].pop(silent) is found[1].pop(silent) is None
-    assert_close(found[1], found[0])
 
 
 def test_the_penalty_is_added_some_parameters_at_a_time(monkeypatch):

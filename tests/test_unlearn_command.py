@@ -147,6 +147,7 @@ REFUSED = {
         ["--granularity", "neuron", "--offload", "true"],
         "offload is of no use with granularity=neuron",
     ),
+    "host memory on the CPU": (["--offload", "true", "--device", "cpu"], "in host memory anyway, leave it out"),
     "more micro-batches than rows": (
         ["--batch_size", "64", "--micro_batch_size", "1"],
         "micro_batch_size=1 cuts a batch of 64 into 64 micro-batches, and each needs a forget row, of which there are "

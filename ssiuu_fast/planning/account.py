@@ -7,7 +7,8 @@ counted on a dry run of the model itself (dry_run.py). docs/memory.md has the fo
     AdamW states         2 w N        unlearning: both moments, in the dtype of the weights
     gradients            w N          unlearning: from the forget rows' backward to the next step
     references           4 n, 2 n or 1.016 n; of neurons 4 bytes each, by sample with several micro-batches; offloaded
-                         4 times the largest, or 134 MB if that is more, and all of them in host memory
+                         4 slots of the largest, or of 33.6 MB (or all) if that is more, and all of them in pinned host
+                         memory, which takes a power of two for each tensor
     g                    w n / 50     the penalty, one micro-batch: of a few weights at a time (of one, if that is more)
                                       and of one more, while the loss passes by
     Σg                   w n          the penalty, several micro-batches: their sum stands beside the gradients
@@ -22,10 +23,11 @@ The peak is the states plus the largest of the phases of a step.
 
 from dataclasses import dataclass
 
-from ssiuu_fast.host_references import SLOTS, slot_size
+from ssiuu_fast.host_references import SLOTS, pinned_size, place_size, slot_size
 from ssiuu_fast.ops.blockwise8 import BLOCK
 from ssiuu_fast.planning.dry_run import Workload, attribution, unlearning_step
 from ssiuu_fast.planning.skeleton import Skeleton
+from ssiuu_fast.ranks import BUCKET, UNDER_WAY
 
 OPTIMIZER = "optimizer"
 KEEPING = "keeping the best weights"
@@ -94,9 +96,10 @@ def unlearning_need(
     weights = width * counts.parameters
     states = {"weights": weights, "AdamW states": 2 * weights}
     references = [] if grain is None else reference_bytes(skeleton, workload, grain, state_dtype, rows)
+    reference_sum = sum(map(sum, references))
     offload = offload and grain == "parameter"
     if grain is not None:
-        states["references"] = SLOTS * slot_size(references) if offload else sum(references)
+        states["references"] = SLOTS * slot_size(list(map(place_size, references))) if offload else reference_sum
     phases = run.phases | {OPTIMIZER: weights + (2 * width * counts.largest if on_cpu else weights)}
     copied = width * counts.copied
     if on_cpu:
@@ -106,7 +109,7 @@ def unlearning_need(
     # AdamW reads weight, gradient and both moments and writes all but the gradient
     moved = 7 * weights + _gradient_traffic(weights, workload)
     if regularized:
-        moved += _penalty_traffic(regularized, sum(references), workload, bool(run.two_passes))
+        moved += _penalty_traffic(regularized, reference_sum, workload, bool(run.two_passes))
     return Need(
         states=states,
         phases=phases,
@@ -117,7 +120,7 @@ def unlearning_need(
         gradients=weights,
         sums=(2 if run.two_passes else 1) * regularized if workload.split else 0,
         host=0 if on_cpu else 2 * copied,
-        offloaded=sum(references) if offload else 0,
+        offloaded=sum(map(pinned_size, references)) if offload else 0,
         two_passes=run.two_passes,
     )
 
@@ -126,12 +129,13 @@ def data_parallel_peak(need: Need, skeleton: Skeleton) -> int:
     """The peak on each of several GPUs that hold the whole model and share the rows; need: of one GPU's rows.
 
     DistributedDataParallel keeps the gradients once more, in its buckets. The penalty's g is whole only over all GPUs:
-    it stands beside the gradients, and beside it the flat buffer that it is summed in.
+    it stands beside the gradients, and beside it the buffers that small tensors are summed in.
     """
     if not need.gradients:
         return need.peak
     g = _width(skeleton) * sum(skeleton.counts.regularized) if "references" in need.states else 0
-    return max(need.peak, sum(need.states.values()) + need.gradients + 2 * g) + need.gradients
+    buffers = min(g, (UNDER_WAY + 1) * BUCKET)
+    return max(need.peak, sum(need.states.values()) + need.gradients + g + buffers) + need.gradients
 
 
 def sharded_peak(need: Need, skeleton: Skeleton, workload: Workload, gpus: int) -> int:
@@ -148,13 +152,13 @@ def sharded_peak(need: Need, skeleton: Skeleton, workload: Workload, gpus: int) 
 
 def reference_bytes(
     skeleton: Skeleton, workload: Workload, grain: str, state_dtype: str | None, rows: int | None
-) -> list[int]:
-    """Bytes of the references: of each parameter as `state_dtype` says, of all neurons together fp32."""
+) -> list[tuple[int, ...]]:
+    """Bytes of the tensors of each reference: a parameter's as `state_dtype` says, that of all neurons in fp32."""
     if grain == "neuron":
-        return [4 * skeleton.counts.neurons * ((rows or workload.batch_size) if workload.split else 1)]
+        return [(4 * skeleton.counts.neurons * ((rows or workload.batch_size) if workload.split else 1),)]
     if state_dtype == "8bit":
-        return [numel + 4 * -(-numel // BLOCK) for numel in skeleton.counts.regularized]
-    return [_state_width(skeleton, state_dtype) * numel for numel in skeleton.counts.regularized]
+        return [(numel, 4 * -(-numel // BLOCK)) for numel in skeleton.counts.regularized]
+    return [(_state_width(skeleton, state_dtype) * numel,) for numel in skeleton.counts.regularized]
 
 
 def _gradient_traffic(weights: int, workload: Workload) -> int:

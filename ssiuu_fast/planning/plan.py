@@ -119,7 +119,7 @@ class Plan:
             notes.append(f"host memory: {_gigabytes(penalised.host)} GB while the best weights so far are renewed")
         if penalised.offloaded:
             notes.append(
-                f"host memory: {_gigabytes(penalised.offloaded)} GB of references, which cross to the device and "
+                f"host memory: {_gigabytes(penalised.offloaded)} GB for references, which cross to the device and "
                 "back in every step that has a penalty; the time below doesn't count that"
             )
         if self.options.gradient_checkpointing:
@@ -224,7 +224,7 @@ def _changed(options: PlanOptions, workload: Workload) -> Iterator[tuple[str, Pl
     if options.granularity == "parameter" and options.state_dtype != "8bit":
         changes["--state_dtype 8bit"] = {"state_dtype": "8bit"}
     if options.granularity == "parameter" and not options.offload and options.gpus == 1 and options.device != "cpu":
-        changes["--offload true"] = {"offload": True}
+        changes["--offload true (work on the bus not counted)"] = {"offload": True}
     if workload.rows_at_once > 1:
         rows = max(1, workload.rows_at_once // 4)
         changes[f"--micro_batch_size {rows}"] = {"micro_batch_size": rows}

@@ -129,6 +129,8 @@ def with_aside(rank):
             log_probs = sequence_log_probs(wrapped(**rows)["logits"], labels)
             regularizer.backward(log_probs, loss=2 * log_probs.sum())
             assert regularizer.road == "one backward"
+    # no optimizer is to move it, not even by decay
+    assert model.aside.weight.grad is None
     return {name: parameter.grad for name, parameter in model.model.named_parameters()}, events.index("last gradient")
 
 
@@ -141,8 +143,8 @@ def test_a_parameter_whose_node_gets_no_gradient(two_ranks):
 
 
 def nothing_to_sum(rank):
-    """P of every row is nothing: the second step's events."""
-    model = fitting_model()
+    """P of every row is nothing: how many rows had a part."""
+    model = nn.parallel.DistributedDataParallel(fitting_model())
     regularizer = SSIUURegularizer(model, weight=WEIGHT)
     with mock.patch.object(RunningSums, "_start", side_effect=AssertionError("nothing is to be summed")):
         for seed in (1, 2):
@@ -247,6 +249,12 @@ def test_the_order_is_that_in_which_autograd_comes_to_its_leaves():
         for said_there, seen_there in results[one:]:
             assert (said == said_there) is (seen == seen_there), (seen, seen_there)
     assert results[0][1] == results[2][1] != results[1][1]
+
+
+def test_no_order_on_several_devices():
+    here, there = nn.Parameter(torch.randn(3)), nn.Parameter(torch.empty(3, device="meta"))
+    assert leaf_order((here * 2).sum(), [here]) is not None
+    assert leaf_order((here.to("meta") * there).sum(), [here, there]) is None
 
 
 def test_no_order_where_three_leaves_are_ready_at_once():

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from tiny import tiny_gpt2, tiny_llama
 
 from ssiuu_fast.cli import main
-from ssiuu_fast.host_references import slot_size
+from ssiuu_fast.host_references import SLOTS, Shuttle, pinned_size, place_size, slot_size
 from ssiuu_fast.loop.best import BestWeights
 from ssiuu_fast.ops import Blockwise8
 from ssiuu_fast.planning.account import reference_bytes, unlearning_need
@@ -17,6 +17,7 @@ from ssiuu_fast.planning.plan import RUNS, Plan
 from ssiuu_fast.planning.plan_options import PlanOptions
 from ssiuu_fast.planning.skeleton import Skeleton
 from ssiuu_fast.ranks import Ranks
+from ssiuu_fast.references import empty_references
 from ssiuu_fast.regularizer import SSIUURegularizer
 
 SMALL = ["--hidden_size", "64", "--layers", "2", "--heads", "4", "--vocab_size", "512"]
@@ -86,35 +87,49 @@ def test_counts_are_those_of_the_model(make, tied, tmp_path):
     assert counts.copied == sum(tensor.numel() for tensor in load_file(tmp_path / "best.safetensors").values())
 
 
+def total(references):
+    return sum(map(sum, references))
+
+
 def test_bytes_of_references():
     skeleton = Skeleton(tiny_llama().config)
     sizes = skeleton.counts.regularized
     workload = Workload(4, 4, 8)
-    assert sum(reference_bytes(skeleton, workload, "parameter", None, None)) == 4 * sum(sizes)
-    assert sum(reference_bytes(skeleton, workload, "parameter", "bfloat16", None)) == 2 * sum(sizes)
+    assert total(reference_bytes(skeleton, workload, "parameter", None, None)) == 4 * sum(sizes)
+    assert total(reference_bytes(skeleton, workload, "parameter", "bfloat16", None)) == 2 * sum(sizes)
     stored = [Blockwise8.empty_like(p) for p in SSIUURegularizer(tiny_llama()).regularized_parameters]
     eight_bit = sum(reference.codes.nbytes + reference.absmax.nbytes for reference in stored)
-    assert sum(reference_bytes(skeleton, workload, "parameter", "8bit", None)) == eight_bit
+    assert total(reference_bytes(skeleton, workload, "parameter", "8bit", None)) == eight_bit
     neurons = skeleton.counts.neurons
-    assert sum(reference_bytes(skeleton, workload, "neuron", None, 100)) == 4 * neurons
-    assert sum(reference_bytes(skeleton, Workload(4, 2, 8), "neuron", None, 100)) == 400 * neurons
+    assert total(reference_bytes(skeleton, workload, "neuron", None, 100)) == 4 * neurons
+    assert total(reference_bytes(skeleton, Workload(4, 2, 8), "neuron", None, 100)) == 400 * neurons
 
 
-def test_references_in_host_memory():
+@pytest.mark.parametrize("state_dtype", [None, "8bit"])
+def test_references_in_host_memory(state_dtype):
     skeleton = Skeleton(tiny_llama().config)
+    options = {"grain": "parameter", "state_dtype": state_dtype}
     kept, carried = (
-        unlearning_need(skeleton, Workload(2, 2, 8), grain="parameter", offload=offload) for offload in (False, True)
+        unlearning_need(skeleton, Workload(2, 2, 8), **options, offload=offload) for offload in (False, True)
     )
-    # together they are under 32 MiB: each of four slots holds them all
-    assert carried.states["references"] == 4 * kept.states["references"]
-    assert (kept.offloaded, carried.offloaded) == (0, kept.states["references"])
+    parameters = {str(number): p for number, p in enumerate(SSIUURegularizer(tiny_llama()).regularized_parameters)}
+    stored = empty_references({name: p.float() for name, p in parameters.items()}, state_dtype)
+    # a shuttle makes its slots of this size
+    assert carried.states["references"] == SLOTS * Shuttle(stored, None)._slot_size
+    # matrices of a power of two, and of 1.5 of it, which the allocator of pinned memory rounds up
+    assert kept.offloaded == 0 and kept.states["references"] < carried.offloaded < 2 * kept.states["references"]
     assert (carried.moved, carried.phases) == (kept.moved, kept.phases)
-    assert slot_size([2**20] * 64) == 2**25
-    assert slot_size([2**20, 2**26]) == 2**26
     # GD has none, and neurons keep theirs
     for grain in (None, "neuron"):
         with_it = unlearning_need(skeleton, Workload(2, 2, 8), grain=grain, offload=True)
         assert with_it == unlearning_need(skeleton, Workload(2, 2, 8), grain=grain)
+
+
+def test_sizes_in_host_memory():
+    assert slot_size([2**20] * 64) == 2**25
+    assert slot_size([2**20, 2**26]) == 2**26
+    assert [place_size([1]), place_size([512, 513])] == [512, 1536]
+    assert [pinned_size([2**20]), pinned_size([2**20 + 1, 3])] == [2**20, 2**21 + 4]
 
 
 def test_weights_in_bf16_are_half_of_it():
