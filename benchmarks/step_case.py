@@ -34,6 +34,8 @@ SIZES = {
     "1b": llama(2048, 16, 32, 8192, vocabulary=128256, key_value_heads=8),
     "3b": llama(3072, 28, 24, 8192, vocabulary=128256, key_value_heads=8),
     "8b": llama(4096, 32, 32, 14336, vocabulary=128256, key_value_heads=8, tied=False),
+    # as many tensors as 3b in which nothing is left but calls: what a step costs the host
+    "calls": llama(32, 28, 2, 64, vocabulary=64),
     # as many parameters in the blocks each (51.4 M), in more and thinner layers
     "51m/28": llama(1024, 4, 16, 2816),
     "51m/112": llama(512, 16, 8, 1408),
