@@ -5,12 +5,28 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from one_pass import MODELS, ONE, Unlearning, close
+from one_pass import MODELS, ONE, Unlearning
 from steps import WEIGHT, assert_close, gradients
 from tiny import batch, log_probs_of
 from torch import nn
 
 from ssiuu_fast import SSIUURegularizer, kept_tensor
+
+
+def second_gradients(model, one, rows=5, saving=nullcontext, **options):
+    """The gradients of the second step, with one pass or with two, and its road. saving: around every forward pass."""
+    regularizer = SSIUURegularizer(model, **options)
+    for seed in range(2):
+        model.zero_grad()
+        with saving():
+            log_probs = log_probs_of(model, batch(rows, seed=seed))
+        loss = (log_probs * torch.arange(1, rows + 1)).sum()
+        if one:
+            regularizer.backward(log_probs, loss=loss)
+        else:
+            regularizer.backward(log_probs)
+            loss.backward()
+    return {name: gradient.to_dense() for name, gradient in gradients(model).items()}, regularizer.road
 
 
 class Places(nn.Module):
@@ -31,21 +47,11 @@ class Places(nn.Module):
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_gradients_that_share_memory_are_parted(sparse):
-    found = []
-    for one in (False, True):
-        model = Places(sparse)
-        regularizer = SSIUURegularizer(model, weight=1e4, parameters=["*.weight", "first", "second"])
-        for seed in range(2):
-            model.zero_grad()
-            log_probs = log_probs_of(model, batch(1, seed=seed))
-            if one:
-                regularizer.backward(log_probs, loss=log_probs.sum())
-                assert regularizer.road == ONE
-            else:
-                regularizer.backward(log_probs)
-                log_probs.sum().backward()
-        found.append({name: parameter.grad.to_dense() for name, parameter in model.named_parameters()})
-    assert_close(found[1], found[0])
+    options = {"rows": 1, "weight": 1e4, "parameters": ["*.weight", "first", "second"]}
+    expected, _ = second_gradients(Places(sparse), False, **options)
+    found, road = second_gradients(Places(sparse), True, **options)
+    assert road == ONE
+    assert_close(found, expected)
 
 
 class Overwritten(nn.Module):
@@ -66,22 +72,11 @@ class Overwritten(nn.Module):
 
 
 def test_an_input_that_is_written_into():
-    found = []
-    for one in (False, True):
-        model = Overwritten()
-        regularizer = SSIUURegularizer(model, weight=1e4, parameters=["project.weight"])
-        for seed in range(2):
-            model.zero_grad()
-            log_probs = log_probs_of(model, batch(seed=seed))
-            loss = (log_probs * torch.arange(1, 6)).sum()
-            if one:
-                regularizer.backward(log_probs, loss=loss)
-            else:
-                regularizer.backward(log_probs)
-                loss.backward()
-        found.append(gradients(model))
-    assert regularizer.road == "two backwards: the input of project was changed in place after it was used"
-    assert_close(found[1], found[0])
+    options = {"weight": 1e4, "parameters": ["project.weight"]}
+    expected, _ = second_gradients(Overwritten(), False, **options)
+    found, road = second_gradients(Overwritten(), True, **options)
+    assert road == "two backwards: the input of project was changed in place after it was used"
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("how", ["hooks", "an older torch"])
@@ -94,23 +89,10 @@ def test_hooks_on_saved_tensors(how, monkeypatch):
     saving = hooks if how == "hooks" else nullcontext
     if how == "an older torch":
         monkeypatch.setattr(kept_tensor, "_HOOKS", None)
-    found = []
-    for one in (False, True):
-        model = MODELS["llama"]()
-        regularizer = SSIUURegularizer(model, weight=WEIGHT)
-        for seed in range(2):
-            model.zero_grad()
-            with saving():
-                log_probs = log_probs_of(model, batch(seed=seed))
-            loss = (log_probs * torch.arange(1, 6)).sum()
-            if one:
-                regularizer.backward(log_probs, loss=loss)
-                assert regularizer.road == ONE
-            else:
-                regularizer.backward(log_probs)
-                loss.backward()
-        found.append(gradients(model))
-    close(found[1], found[0], 1e-9)
+    expected, _ = second_gradients(MODELS["llama"](), False, saving=saving, weight=WEIGHT)
+    found, road = second_gradients(MODELS["llama"](), True, saving=saving, weight=WEIGHT)
+    assert road == ONE
+    assert_close(found, expected)
     assert bool(packed) is (how == "hooks")
 
 
