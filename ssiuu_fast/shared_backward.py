@@ -278,10 +278,9 @@ class _Pass:
 
         What is returned takes its place on the way to `.grad`.
         """
-        dense = gradient
-        if gradient is not None and gradient.layout != torch.strided:
-            dense = gradient.to_dense()
+        sparse = gradient is not None and gradient.layout != torch.strided
         if gradient is not None and self._plan.factor is not None:
+            dense = gradient.to_dense() if sparse else gradient
             if self._gradients[index] is None:
                 self._gradients[index] = dense.mul(self._plan.factor).contiguous()
             else:
@@ -289,10 +288,10 @@ class _Pass:
         if self._visit is not None:
             whole, self._gradients[index] = self._gradients[index], None
             self._visit(index, whole)
-        if dense is gradient and gradient is not None and not self._is_product(index):
-            # autograd may have handed parts of one tensor to several, and `.grad` is written to
-            return gradient.clone(memory_format=torch.contiguous_format)
-        return None
+        if gradient is None or sparse or self._is_product(index):
+            return None
+        # autograd may have handed parts of one tensor to several, and `.grad` is written to
+        return gradient.clone(memory_format=torch.contiguous_format)
 
     def _is_product(self, index: int) -> bool:
         """Whether the gradient is made by matrix products of linear modules, and so has memory of its own."""
